@@ -1,0 +1,75 @@
+# Fivefold. `make help` explains every target; every target sets the environment up first if it must.
+SHELL   := /bin/bash
+.DEFAULT_GOAL := help
+
+PROFILE ?= small
+SEEDS   ?=
+JOBS    ?=
+DATA_ROOT ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+STAMP := $(VENV)/.installed
+FIVEFOLD := $(BIN)/fivefold
+FLAGS := --profile $(PROFILE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS))
+
+ifneq ($(strip $(DATA_ROOT)),)
+export DATA_ROOT
+endif
+
+.PHONY: help setup test lint report ui bench data clean reproduce-all
+
+help: ## Say what each target does
+	@echo "Fivefold: five papers' ablations, reproduced with verdicts."
+	@echo
+	@awk -F ':.*## ' '/^[a-zA-Z_%N-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST) | sed 's/-%/-N/'
+	@echo
+	@echo "Variables (make TARGET NAME=value):"
+	@echo "  PROFILE=smoke|small|paper   how much is run (default small: real data, at most 20 minutes on 2 cores)"
+	@echo "  SEEDS=n                     seeds per cell instead of the profile's"
+	@echo "  JOBS=n                      processes at once, one thread each (default: one per core)"
+	@echo "  DATA_ROOT=folder            where data sets already lie or are to be put (default .data)"
+	@echo
+	@echo "Papers (N): 1 MoE upcycling, 2 face deblurring, 3 tropical CNNs, 4 Min-Max-Plus nets, 5 Auto-MAP."
+
+setup: $(STAMP) ## Make the environment .venv from requirements.lock (quick when nothing changed)
+
+$(STAMP): requirements.lock pyproject.toml scripts/setup.sh
+	@bash scripts/setup.sh $(VENV)
+	@touch $@
+
+test: $(STAMP) ## Run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+plan-paper-%: $(STAMP) ## Show what reproduce-paper-N would do: done, stale, failed, to do, cost and ETA
+	@$(FIVEFOLD) plan $* $(FLAGS)
+
+reproduce-paper-%: $(STAMP) ## Run what paper N's claims need, then write its tables, figures and verdicts
+	@$(FIVEFOLD) reproduce $* $(FLAGS)
+
+reproduce-all: $(STAMP) ## The same for every paper that exists
+	@$(FIVEFOLD) reproduce all $(FLAGS)
+
+sweep-paper-%: $(STAMP) ## Optuna sweep over paper N's search space
+	@$(FIVEFOLD) sweep $* $(FLAGS)
+
+report: $(STAMP) ## Write results/ again from the finished runs
+	@$(FIVEFOLD) report $(FLAGS)
+
+ui: $(STAMP) ## Serve the MLflow UI over runs/mlflow.db on this machine only
+	@$(FIVEFOLD) ui
+
+bench: $(STAMP) ## Speed and memory of the kernels, as ratios against named peers
+	@$(FIVEFOLD) bench
+
+data: $(STAMP) ## Fetch and check every data set
+	@$(FIVEFOLD) data
+
+clean: ## Remove caches and the environment; keeps runs/, results/ and data
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,203 @@
+"""The command line: `fivefold plan | reproduce | report | explain | verify | diff | data | ui | bench | sweep`."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Reproduce five papers' ablations, with verdicts, and see where each number came from.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+Paper = Annotated[str, typer.Argument(help="Paper number 1 to 5, its key, or 'all'.")]
+Profile = Annotated[str, typer.Option(help="How much is run: smoke, small or paper.")]
+Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds per cell, instead of the profile's.")]
+OneSeed = Annotated[list[int] | None, typer.Option("--seed", min=0, help="Only this seed; may be repeated.")]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Processes at once; default one per core.")]
+Only = Annotated[list[str] | None, typer.Option(help="Only this ablation; may be repeated.")]
+OnlyData = Annotated[list[str] | None, typer.Option("--data", help="Only this data set; may be repeated.")]
+Stale = Annotated[bool, typer.Option("--rerun-stale", help="Run cells again whose code or settings have changed.")]
+
+
+@app.command()
+def plan(
+    paper: Paper,
+    profile: Profile = "small",
+    seeds: Seeds = None,
+    seed: OneSeed = None,
+    jobs: Jobs = None,
+    only: Only = None,
+    data: OnlyData = None,
+    rerun_stale: Stale = False,
+) -> None:
+    """Show what is done, stale, failed and to do, with parameters, operations and an ETA. Runs nothing."""
+    from experiments import graph
+    from experiments.executors import default_jobs
+    from experiments.summary import print_plan
+
+    for spec in _specs(paper):
+        found = graph.plan(spec, _selection(profile, seeds, seed, only, data), _places(profile).runs, rerun_stale)
+        print_plan(console, found, jobs or default_jobs())
+
+
+@app.command()
+def reproduce(
+    paper: Paper,
+    profile: Profile = "small",
+    seeds: Seeds = None,
+    seed: OneSeed = None,
+    jobs: Jobs = None,
+    only: Only = None,
+    data: OnlyData = None,
+    rerun_stale: Stale = False,
+) -> None:
+    """Run what a paper's claims need and is not done yet, then write tables, figures and verdicts."""
+    from experiments.reproduce import Reproduction
+
+    status = 0
+    for spec in _specs(paper):
+        selection = _selection(profile, seeds, seed, only, data)
+        status |= Reproduction(spec, selection, _places(profile), console, jobs, rerun_stale).run()
+    raise typer.Exit(status)
+
+
+@app.command()
+def report(profile: Profile = "small", seeds: Seeds = None, jobs: Jobs = None) -> None:
+    """Write results/ again from the finished runs of every paper."""
+    from experiments.reproduce import Reproduction
+    from experiments.summary import print_verdicts
+
+    for spec in _specs("all"):
+        reproduction = Reproduction(spec, _selection(profile, seeds, None, None, None), _places(profile), console)
+        print_verdicts(console, spec, reproduction.report(), reproduction.places.results)
+
+
+@app.command()
+def explain(
+    claim: Annotated[str, typer.Argument(help="A claim's id, such as A1.mnist.")],
+    profile: Profile = "small",
+    seeds: Seeds = None,
+) -> None:
+    """Say what a claim means, how it is decided, and every number behind its verdict."""
+    from experiments.inspection import explain_claim
+
+    explain_claim(console, claim, _places(profile), profile, seeds)
+
+
+@app.command()
+def verify(
+    run: Annotated[str, typer.Argument(help="A run: the start of its signature or of its MLflow id.")],
+    rerun: Annotated[bool, typer.Option(help="Train it again from nothing and compare the weights hash.")] = True,
+) -> None:
+    """Check that a run is what it says: its files, its code, its data, and that running it again gives the same weights."""
+    from experiments.inspection import verify_run
+
+    raise typer.Exit(0 if verify_run(console, run, _places("small"), rerun) else 1)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="A run: the start of its signature or of its MLflow id.")],
+    b: Annotated[str, typer.Argument(help="Another.")],
+) -> None:
+    """Show every difference between two runs: configuration, code, data, versions, hardware, metrics."""
+    from experiments.inspection import diff_runs
+
+    diff_runs(console, a, b, _places("small"))
+
+
+@app.command()
+def data(
+    names: Annotated[list[str] | None, typer.Argument(help="Data sets; default all.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only say what is there; fetch nothing.")] = False,
+) -> None:
+    """Fetch and check data sets, and say what each is: size, hash, licence, and where it came from."""
+    from experiments.inspection import show_data
+
+    raise typer.Exit(0 if show_data(console, names, check) else 1)
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="The next free port is taken where this one is not.")] = 5000,
+) -> None:
+    """Serve the MLflow UI over runs/mlflow.db, on this machine only."""
+    from experiments import tracking
+
+    store = tracking.Store(_places("small").runs)
+    tracking.prepare(store)
+    tracking.serve(store, port=port)
+
+
+@app.command()
+def bench() -> None:
+    """Measure the kernels against named peers in the same run, as ratios."""
+    from experiments.bench import run_bench
+
+    run_bench(_places("small").results / "bench")
+
+
+@app.command()
+def sweep(paper: Paper, profile: Profile = "small", seeds: Seeds = None, jobs: Jobs = None) -> None:
+    """Optuna sweep over a paper's search space."""
+    for spec in _specs(paper):
+        raise typer.BadParameter(f"paper {spec.number} ({spec.key}) has no search space under sweeps/spaces/ yet")
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one message, not a traceback."""
+    from experiments.errors import UserError
+
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    try:
+        app()
+    except UserError as error:
+        console.print(f"[bold]fivefold:[/] {error}", soft_wrap=True, highlight=False)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _specs(paper: str) -> list:
+    from experiments.claims import KNOWN_PAPERS, available_papers, load_paper
+    from experiments.errors import UserError
+    from experiments.schema import nearest
+
+    available = available_papers()
+    if paper == "all":
+        return [load_paper(key) for _, key in sorted(available.items())]
+    if paper.isdigit() and int(paper) in KNOWN_PAPERS:
+        paper = KNOWN_PAPERS[int(paper)]
+    if paper not in KNOWN_PAPERS.values():
+        raise UserError(f"there is no paper '{paper}'{nearest(paper, KNOWN_PAPERS.values())}")
+    if paper not in available.values():
+        ready = ", ".join(f"{number} ({key})" for number, key in sorted(available.items()))
+        raise UserError(f"paper '{paper}' is not part of the suite yet; what there is: {ready}")
+    return [load_paper(paper)]
+
+
+def _selection(profile, seeds, seed, only, data):  # type: ignore[no-untyped-def]
+    from experiments.errors import UserError
+    from experiments.graph import Selection
+    from experiments.schema import nearest
+
+    if profile not in ("smoke", "small", "paper"):
+        raise UserError(f"unknown profile '{profile}'{nearest(profile, ('smoke', 'small', 'paper'))}")
+    return Selection(profile, seeds, tuple(seed or ()), tuple(only or ()), tuple(data or ()))
+
+
+def _places(profile: str):  # type: ignore[no-untyped-def]
+    from experiments.reproduce import Places
+
+    return Places.default(profile)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""From claims to verdicts: plan, run what is missing, judge, report."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from experiments.cell import resolve
+from experiments.claims import PaperSpec
+from experiments.executors import Job, LocalPool, default_jobs
+from experiments.graph import Node, Plan, Selection, keys_for, plan
+from experiments.records import CellKey, Record
+from experiments.store import Index, read_json, write_json
+from experiments.verdict import Verdict, judge
+from experiments.watch import Watch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where runs lie and results go: `runs/` and `results/` of the project, or of FIVEFOLD_HOME."""
+
+    runs: Path
+    results: Path
+
+    @classmethod
+    def default(cls, profile: str = "small") -> Places:
+        """Smoke results decide nothing, so they never overwrite those of a real run."""
+        home = Path(os.environ.get("FIVEFOLD_HOME", ROOT)).resolve()
+        results = home / "results" if profile != "smoke" else home / "runs" / "results-smoke"
+        return cls(home / "runs", results)
+
+
+@dataclass
+class Reproduction:
+    """One `fivefold reproduce` of one paper."""
+
+    spec: PaperSpec
+    selection: Selection
+    places: Places
+    console: Console
+    jobs: int | None = None
+    rerun_stale: bool = False
+
+    def run(self) -> int:
+        """Run what is missing, write the report, print the verdicts. Returns the exit status: 1 if a cell failed."""
+        from experiments.summary import print_plan, print_verdicts
+
+        found = plan(self.spec, self.selection, self.places.runs, self.rerun_stale)
+        jobs = self.jobs or default_jobs()
+        if not found.to_run and self._report_is_current(found):
+            self.console.print(f"Nothing to do: all {len(found.of('done'))} cells of this selection are done.")
+            if found.of("stale"):
+                print_plan(self.console, found, jobs)
+            print_verdicts(self.console, self.spec, self._stored_verdicts(), self.places.results)
+            return 0
+        print_plan(self.console, found, jobs)
+        failed = self._execute(found, jobs) if found.to_run else []
+        for node in failed:
+            self._print_failure(node)
+        verdicts = self.report()
+        print_verdicts(self.console, self.spec, verdicts, self.places.results)
+        return 1 if failed else 0
+
+    def records(self) -> list[Record]:
+        """Read the record of every selected cell as it is now."""
+        index = Index.scan(self.places.runs)
+        return [index.record(key, resolve(key).signature) for key in keys_for(self.spec, self.selection)]
+
+    def report(self) -> list[dict]:
+        """Judge the claims and write results/. A selection of single cells is shown and not written."""
+        from experiments import report
+
+        records = self.records()
+        verdicts = judge(self.spec, records, self.selection.profile)
+        if not self._is_whole:
+            return [verdict.to_dict() for verdict in _about(verdicts, records)]
+        report.write_paper(self.spec, records, verdicts, self.places.results / self.spec.key)
+        report.write_html([(self.spec, records, verdicts)], self.places.results / "report.html")
+        self._summarise_in_tracker(records)
+        write_json(self._stamp, {"inputs": self._inputs(records)})
+        return [verdict.to_dict() for verdict in verdicts]
+
+    @property
+    def _is_whole(self) -> bool:
+        return not (self.selection.only or self.selection.data or self.selection.seed)
+
+    @property
+    def _stamp(self) -> Path:
+        return self.places.runs / f".report-{self.spec.key}-{self.selection.profile}.json"
+
+    def _inputs(self, records: Iterable[Record]) -> str:
+        """A digest of all that a report is made from: the cells and their states, the claims and the reporting code."""
+        whole = hashlib.sha256()
+        for record in records:
+            whole.update(f"{record.key}|{record.signature}|{record.state}\n".encode())
+        code = [*Path(__file__).parent.glob("*.py"), *Path(__file__).parent.glob("templates/*")]
+        for file in sorted([*code, *(Path(__file__).parent / "papers" / self.spec.key).iterdir()]):
+            whole.update(file.read_bytes() if file.is_file() else b"")
+        return whole.hexdigest()
+
+    def _report_is_current(self, found: Plan) -> bool:
+        if not self._is_whole:
+            return True
+        written = (self.places.results / self.spec.key / "verdicts.json").exists()
+        return written and read_json(self._stamp).get("inputs") == self._inputs(n.record for n in found.nodes)
+
+    def _stored_verdicts(self) -> list[dict]:
+        if self._is_whole:
+            return read_json(self.places.results / self.spec.key / "verdicts.json")["claims"]
+        return self.report()
+
+    def _execute(self, found: Plan, jobs: int) -> list[Node]:
+        self._fetch_data(found)
+        parents = self._parents(found)
+        nodes = {node.cell.signature: node for node in found.to_run}
+        pool = LocalPool(jobs)
+        watch = Watch(self.console, nodes, self.places.runs, jobs)
+        failed: list[Node] = []
+
+        def start(node: Node) -> None:
+            tracked = node.cell.config["tracking"]["enabled"]
+            pool.submit(Job(node.cell, self.places.runs, tracked, parents[_group(node.cell.key)]))
+
+        try:
+            with watch:
+                for node in nodes.values():
+                    start(node)
+                while nodes.keys() - watch.over:
+                    for finished in pool.poll(timeout_s=0.5):
+                        if finished.outcome == "busy":
+                            watch.elsewhere.add(finished.handle)
+                            continue
+                        watch.finish(finished)
+                        if finished.outcome == "failed":
+                            failed.append(nodes[finished.handle])
+                    for handle in watch.released():
+                        start(nodes[handle])
+                    watch.refresh()
+        except KeyboardInterrupt:
+            self.console.print("\nStopping; what is finished stays, and the same command goes on from here.")
+            pool.close()
+            raise
+        finally:
+            pool.close()
+        return failed
+
+    def _fetch_data(self, found: Plan) -> None:
+        """Have every data set on disk, checked, before processes fan out."""
+        from datamodules.sources import load_images
+
+        for name in dict.fromkeys(node.cell.key.data for node in found.to_run):
+            card = load_images(name).card
+            kind = "real" if card.real else "SYNTHETIC"
+            self.console.print(f"Data: {card.name}, {card.n:,} images, {kind}, from {card.source}")
+
+    def _parents(self, found: Plan) -> dict[tuple[str, ...], tuple[str, str]]:
+        """Make the tracking store and the parent run of every group of seeds, once, before processes fan out."""
+        from experiments import tracking
+
+        store = tracking.Store(self.places.runs)
+        tracking.prepare(store)
+        title = f"{self.spec.number}. {self.spec.title}"
+        experiment = tracking.experiment_id(store, self.spec.key, title, describe(self.spec))
+        parents: dict[tuple[str, ...], tuple[str, str]] = {}
+        for node in found.to_run:
+            key, group = node.cell.key, _group(node.cell.key)
+            if group not in parents:
+                names = {
+                    "paper": key.paper,
+                    "ablation": key.ablation,
+                    "data": key.data,
+                    "profile": key.profile,
+                }
+                parents[group] = (experiment, tracking.parent_run(store, experiment, **names, params={}))
+        return parents
+
+    def _summarise_in_tracker(self, records: list[Record]) -> None:
+        """Write mean and interval of every metric on the parent run of each group of seeds."""
+        from experiments import tracking
+        from experiments.verdict import estimates
+
+        store = tracking.Store(self.places.runs)
+        if not any(record.manifest.get("mlflow_run_id") for record in records):
+            return
+        tracking.prepare(store)
+        by_group: dict[tuple[str, ...], dict[str, tuple[float, float | None, float | None, int]]] = defaultdict(dict)
+        for row in estimates(self.spec, records):
+            by_group[row.paper, row.ablation, row.data, row.profile][row.metric] = (
+                row.mean,
+                row.ci_low,
+                row.ci_high,
+                row.n,
+            )
+        experiments = {_group(r.key): r.manifest.get("mlflow_experiment_id") for r in records if r.manifest}
+        failed = {_group(r.key) for r in records if r.state == "failed"}
+        for group, values in by_group.items():
+            if experiment := experiments.get(group):
+                names = dict(zip(("paper", "ablation", "data", "profile"), group, strict=True))
+                parent = tracking.parent_run(store, experiment, **names, params={})
+                status = "FAILED" if group in failed else "FINISHED"
+                tracking.summarise_parent(store, parent, values, status)
+
+    def _print_failure(self, node: Node) -> None:
+        failed = read_json(self.places.runs / node.cell.signature / "failed.json")
+        where = self.places.runs / node.cell.signature / "failed.json"
+        self.console.print(f"[bold]failed[/]: {node.cell.key}: {failed.get('error', 'no reason was left')}")
+        self.console.print(f"        traceback: {where}", soft_wrap=True)
+
+
+def describe(spec: PaperSpec) -> str:
+    """Return the Markdown that the tracker shows above a paper's runs."""
+    return (
+        f"**{spec.title}** (arXiv {spec.arxiv}).\n\n"
+        "A parent run is an ablation on a data set: the mean over seeds of every metric, with `.ci_low` and `.ci_high`. "
+        "Its children are the seeds. Group by the `ablation` or `data` column to compare; `test/acc` is the test "
+        "accuracy of the weights chosen on validation.\n"
+    )
+
+
+def _group(key: CellKey) -> tuple[str, ...]:
+    return (key.paper, key.ablation, key.data, key.profile)
+
+
+def _about(verdicts: list[Verdict], records: list[Record]) -> list[Verdict]:
+    """The verdicts that some of these records feed."""
+    runs = {record.run_id for record in records if record.state == "done"}
+    return [verdict for verdict in verdicts if runs & set(verdict.runs)]

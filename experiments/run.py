@@ -1,0 +1,267 @@
+"""run_cell(cell) -> Record: the only place that builds a Trainer.
+
+A cell may be stopped at any moment and run again: it goes on from the last whole epoch, and since initialisation, data
+order and every other draw are keyed by (seed, purpose, epoch), it ends with the same weights as an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from hydra.utils import instantiate
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import TorchCheckpointIO
+
+from experiments import provenance, tracking
+from experiments.cell import Cell, flatten
+from experiments.records import Record
+from experiments.store import cell_lock, read_json, read_run, sync_folder, write_atomically, write_json
+
+
+def run_cell(
+    cell: Cell, runs: Path, store: tracking.Store | None = None, parent: tuple[str, str] | None = None
+) -> Record:
+    """Train and test one cell, or answer it from disk if it is done.
+
+    Args:
+        cell: what to run.
+        runs: the folder that holds one folder per signature.
+        store: the MLflow store, or None to go untracked.
+        parent: (experiment id, parent run id) in that store.
+    Raises:
+        CellBusy: another process is running this cell.
+        Exception: whatever stopped the cell; its traceback is kept in failed.json.
+    """
+    folder = runs / cell.signature
+    with cell_lock(folder):
+        if (folder / "done.json").exists():
+            return read_run(folder)
+        (folder / "failed.json").unlink(missing_ok=True)
+        try:
+            _execute(cell, folder, store, parent)
+        except Exception as error:
+            write_failure(folder, cell, "".join(traceback.format_exception(error)), f"{type(error).__name__}: {error}")
+            raise
+    return read_run(folder)
+
+
+def write_failure(folder: Path, cell: Cell, trace: str, error: str) -> None:
+    """Keep why a cell failed, with a manifest to say which it was."""
+    if not (folder / "manifest.json").exists():
+        write_json(folder / "manifest.json", _identity(cell))
+    write_json(folder / "failed.json", {"error": error.splitlines()[0][:500], "traceback": trace})
+
+
+def derive_seed(*parts: object) -> int:
+    """Return a 63-bit seed that is a pure function of `parts`: separate generators never share a stream."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
+def weights_sha256(state_dict: dict[str, torch.Tensor]) -> str:
+    """Return the sha256 over the names, shapes, types and bytes of all tensors, in name order."""
+    whole = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().cpu().contiguous()
+        whole.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
+        whole.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return whole.hexdigest()
+
+
+def build_net(config: dict[str, Any], seed: int | None = None) -> torch.nn.Module:
+    """Build the cell's net, its initial weights drawn from a generator of their own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed("init", config["seed"] if seed is None else seed))
+        return instantiate(config["net"])
+
+
+def _identity(cell: Cell) -> dict[str, Any]:
+    return {**vars(cell.key), "signature": cell.signature, "command": cell.command}
+
+
+def _execute(cell: Cell, folder: Path, store: tracking.Store | None, parent: tuple[str, str] | None) -> None:
+    _quiet()
+    started = time.monotonic()
+    config = cell.config
+    data: LightningDataModule = instantiate(config["datamodule"])
+    data.setup("fit")
+    manifest = provenance.manifest() | _identity(cell) | {"data_cards": [data.card.to_dict()]}
+    earlier = read_json(folder / "manifest.json")
+    experiment_id, parent_id = parent or ("", "")
+    write_atomically(folder / "config.yaml", yaml.safe_dump(cell.hashed, sort_keys=False))
+    with tracking.open_child(
+        store if config["tracking"]["enabled"] else None,
+        experiment_id,
+        parent_id,
+        cell.key,
+        cell.signature,
+        params=flatten(cell.hashed),
+        config_yaml=yaml.safe_dump(cell.hashed, sort_keys=False),
+        manifest=manifest,
+        resume_run_id=earlier.get("mlflow_run_id"),
+        log_system_metrics=config["tracking"]["system_metrics"],
+        log_every=config["tracking"]["log_every"],
+    ) as child:
+        manifest |= {"mlflow_run_id": child.run_id, "mlflow_experiment_id": experiment_id or None}
+        write_json(folder / "manifest.json", manifest)
+        _fit_and_test(cell, folder, data, child.logger, started)
+
+
+def _fit_and_test(cell: Cell, folder: Path, data: LightningDataModule, logger: Any, started: float) -> None:
+    config = cell.config
+    net = build_net(config)
+    cost = _cost(net, data)
+    steps = len(data.train_dataloader())
+    module: LightningModule = instantiate(
+        config["module"],
+        net=net,
+        optimizer=instantiate(config["optim"]["optimizer"], _partial_=True),
+        schedule=instantiate(config["optim"]["schedule"]) if config["optim"]["schedule"] else None,
+        steps_per_epoch=steps,
+    )
+    history, best = History(), _checkpoints(folder)
+    callbacks = [EpochRandomness(config["seed"]), history, Progress(folder / "progress.json"), best]
+    trainer = _trainer(config, folder, callbacks, logger)
+    last = folder / "last.ckpt"
+    trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=False)
+    if trainer.interrupted:
+        raise KeyboardInterrupt("the run was interrupted; the same command goes on from the last whole epoch")
+    metrics = dict(history.metrics)
+    metrics["val/acc"] = float(best.best_model_score)
+    metrics["train/images"] = float(data.train_size * config["budget"]["max_epochs"])
+    tested = trainer.test(module, datamodule=data, ckpt_path=folder / "best.ckpt", verbose=False, weights_only=False)
+    metrics |= tested[0] | cost | {"train/seconds": round(time.monotonic() - started, 3)}
+    if logger is not None:
+        logger.log_metrics({name: metrics[name] for name in metrics if name not in tested[0]})
+    write_json(folder / "metrics.json", metrics)
+    weights = torch.load(last, map_location="cpu", weights_only=False)["state_dict"]
+    write_json(
+        folder / "done.json",
+        {
+            "weights_sha256": weights_sha256(weights),
+            "seconds": round(time.monotonic() - started, 3),
+            "finished": provenance.now(),
+        },
+    )
+
+
+def _cost(net: torch.nn.Module, data: LightningDataModule) -> dict[str, float]:
+    from lit_modules.nets.counting import count_ops, count_params
+
+    ops = count_ops(net, (data.in_channels, data.image_size, data.image_size))
+    return {
+        "cost/params": float(count_params(net)),
+        "cost/multiplications": float(ops.multiplications),
+        "cost/additions": float(ops.additions),
+        "cost/comparisons": float(ops.comparisons),
+        "cost/flops": float(ops.total),
+    }
+
+
+def _checkpoints(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        dirpath=folder,
+        filename="best",
+        monitor="val/acc",
+        mode="max",
+        save_top_k=1,
+        save_last=True,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+        auto_insert_metric_name=False,
+    )
+
+
+def _trainer(config: dict[str, Any], folder: Path, callbacks: list[Callback], logger: Any) -> Trainer:
+    return Trainer(
+        **config["trainer"],
+        max_epochs=config["budget"]["max_epochs"],
+        precision=config["precision"],
+        callbacks=callbacks,
+        logger=logger if logger is not None else False,
+        log_every_n_steps=config["tracking"]["log_every"],
+        default_root_dir=folder,
+        deterministic=True,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        plugins=[AtomicCheckpointIO()],
+    )
+
+
+def _quiet() -> None:
+    torch.set_num_threads(1)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=r".*(does not have many workers|ModelCheckpoint.*exists|LeafSpec).*")
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write a checkpoint beside its final name, flush it, then rename: never half a file under a final name."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        final = Path(path)
+        temporary = final.with_name(f".{final.name}.tmp")
+        super().save_checkpoint(checkpoint, temporary, storage_options)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(final)
+        sync_folder(final.parent)
+
+
+class EpochRandomness(Callback):
+    """Seed the global generators from (seed, epoch), so that dropout and the like survive a restart exactly."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        seed = derive_seed("epoch", self.seed, trainer.current_epoch)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+
+
+class History(Callback):
+    """Keep the last epoch's metrics inside the checkpoint, so that a run killed after its last epoch still has them."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"metrics": self.metrics}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.metrics = state_dict["metrics"]
+
+
+class Progress(Callback):
+    """Write how far a run is (0 to 1) where the command that watches it can read it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._written = 0.0
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        now = time.monotonic()
+        if now - self._written < 0.5:
+            return
+        self._written = now
+        epochs = trainer.current_epoch + trainer.fit_loop.epoch_loop.batch_progress.current.completed / max(
+            1, int(trainer.num_training_batches)
+        )
+        self.path.write_text(f"{epochs / (trainer.max_epochs or 1):.4f}")

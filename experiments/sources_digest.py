@@ -1,0 +1,78 @@
+"""Which source files a cell depends on, and their digest: comments and docstrings do not count, code does."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLLOWED = ("lit_modules", "datamodules")  # what is computed; experiments/ only decides where and when
+ALWAYS = ("experiments.run",)  # builds the Trainer
+
+
+def closure(targets: Iterable[str], root: Path = ROOT) -> list[Path]:
+    """Return the files under `root` that the modules of `targets` import, directly or not, in sorted order.
+
+    Args:
+        targets: dotted names such as "lit_modules.nets.cnn.LeNet5"; names outside the project are ignored.
+        root: the folder that holds the packages.
+    """
+    waiting = [file for name in (*targets, *ALWAYS) if (file := _file_of(name, root))]
+    found: set[Path] = set()
+    while waiting:
+        file = waiting.pop()
+        if file in found:
+            continue
+        found.add(file)
+        for name in _imports(file, file.stat().st_mtime_ns):
+            if name.split(".")[0] in FOLLOWED and (imported := _file_of(name, root)):
+                waiting.append(imported)
+    return sorted(found)
+
+
+def digest(files: Iterable[Path], root: Path = ROOT) -> str:
+    """Return the sha256 over the code of `files`, each under its path relative to `root`."""
+    whole = hashlib.sha256()
+    for file in files:
+        code = _code(file, file.stat().st_mtime_ns)
+        whole.update(f"{file.relative_to(root).as_posix()}\0{code}\0".encode())
+    return whole.hexdigest()
+
+
+def _file_of(name: str, root: Path) -> Path | None:
+    """The file of the longest prefix of a dotted name that is a module of the project."""
+    parts = name.split(".")
+    while parts:
+        base = root.joinpath(*parts)
+        for candidate in (base.with_suffix(".py"), base / "__init__.py"):
+            if candidate.is_file():
+                return candidate
+        parts.pop()
+    return None
+
+
+@cache
+def _imports(file: Path, _mtime: int) -> tuple[str, ...]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level > 0:
+            raise ValueError(f"{file}: relative imports are not followed; write the full module name")
+    return tuple(names)
+
+
+@cache
+def _code(file: Path, _mtime: int) -> str:
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        is_scope = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if is_scope and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            body[0] = ast.Pass()
+    return ast.unparse(tree)

@@ -1,0 +1,65 @@
+"""What the terminal shows: a plan before it runs, verdicts after."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.claims import PaperSpec
+from experiments.graph import Node, Plan
+from experiments.watch import clock
+
+STATES = ("done", "running", "stale", "failed", "not run")
+
+
+def print_plan(console: Console, plan: Plan, jobs: int) -> None:
+    """Print one row per ablation and data set: states of its seeds, parameters, operations and expected time."""
+    groups: dict[tuple[str, str], list[Node]] = defaultdict(list)
+    for node in plan.nodes:
+        groups[node.cell.key.ablation, node.cell.key.data].append(node)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("ablation")
+    table.add_column("data")
+    for name in (*STATES, "params", "ops/image", "s/cell"):
+        table.add_column(name, justify="right")
+    for (ablation, data), nodes in groups.items():
+        counts = [sum(node.record.state == state for node in nodes) for state in STATES]
+        priced = next((node for node in nodes if node.seconds is not None), None)
+        prices = (
+            [f"{priced.params:,}", f"{priced.flops_per_image:,}", f"{priced.seconds:.0f}"] if priced else ["", "", ""]
+        )
+        table.add_row(ablation, data, *[str(count) if count else "·" for count in counts], *prices)
+    console.print(table)
+    total = {state: len(plan.of(state)) for state in STATES}
+    console.print(", ".join(f"{count} {state}" for state, count in total.items() if count) or "no cells")
+    if plan.to_run:
+        console.print(
+            f"{len(plan.to_run)} cells to run on {jobs} processes: about {clock(plan.eta_seconds(jobs))} (h:mm:ss or m:ss)"
+        )
+    if plan.of("stale") and not plan.rerun_stale:
+        console.print("Stale cells ran with other code or settings; `--rerun-stale` runs them again.")
+
+
+def print_verdicts(console: Console, spec: PaperSpec, verdicts: list[dict[str, Any]], results: Path) -> None:
+    """Print one row per claim, then where the tables, figures and runs are."""
+    table = Table(
+        header_style="bold",
+        title=f"{spec.title} (arXiv {spec.arxiv})",
+        title_justify="left",
+        show_lines=False,
+    )
+    table.add_column("claim", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for verdict in verdicts:
+        table.add_row(verdict["id"], verdict["verdict"], verdict["reason"])
+    console.print(table)
+    if (results / spec.key).exists():
+        console.print(f"Tables and figures: {results / spec.key}", soft_wrap=True)
+    if (results / "report.html").exists():
+        console.print(f"Every number with its runs: {results / 'report.html'}", soft_wrap=True)
+    console.print("Compare the runs in a browser: make ui")

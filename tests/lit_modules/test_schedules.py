@@ -1,0 +1,61 @@
+"""Learning-rate laws against their published definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lit_modules.schedules import cosine, exponential_decay, step_decay
+
+
+def test_step_decay_is_the_published_script_stepping_at_the_start_of_each_epoch() -> None:
+    """The published loop calls StepLR.step() first in every epoch; epoch by epoch the rates must agree."""
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=0.02)
+    published = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.95)
+    law = step_decay(gamma=0.95, every=2)
+    for epoch in range(100):
+        optimizer.step()
+        published.step()
+        assert 0.02 * law(epoch) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        assert law(epoch + 0.999) == law(epoch)
+
+
+def test_exponential_decay_is_torchs_exponential_lr() -> None:
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    reference = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
+    law = exponential_decay(gamma=0.9)
+    for epoch in range(50):
+        assert 1e-3 * law(epoch + 0.5) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        reference.step()
+
+
+def test_cosine_warms_up_linearly_peaks_at_one_and_ends_at_the_floor() -> None:
+    law = cosine(epochs=10, floor=0.1, warmup=2)
+    assert law(0) == 0
+    assert law(1) == pytest.approx(0.5)
+    assert law(2) == pytest.approx(1)
+    assert law(6) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert law(10) == pytest.approx(0.1)
+    assert law(11) == pytest.approx(0.1)
+    later = [law(2 + 8 * i / 100) for i in range(101)]
+    assert all(a >= b for a, b in zip(later, later[1:], strict=False))
+    assert not math.isnan(law(2))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: step_decay(gamma=0, every=2),
+        lambda: step_decay(gamma=1.1, every=2),
+        lambda: step_decay(gamma=0.9, every=0),
+        lambda: exponential_decay(gamma=-1),
+        lambda: cosine(epochs=1, warmup=1),
+        lambda: cosine(epochs=2, floor=2),
+    ],
+)
+def test_impossible_arguments_are_refused(wrong) -> None:
+    with pytest.raises(ValueError, match=r"must"):
+        wrong()

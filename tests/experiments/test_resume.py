@@ -1,0 +1,152 @@
+"""Kill a run at any moment: the same command goes on, and ends with the weights of an uninterrupted run."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.cell import Cell, resolve
+from experiments.executors import PRELOAD, Job, LocalPool
+from experiments.records import CellKey
+
+
+def _cell(ablation: str, epochs: int = 4) -> Cell:
+    config = dict(resolve(CellKey("tropical_cnn", ablation, "mnist", 0, "smoke")).config)
+    config["budget"] = {**config["budget"], "max_epochs": epochs, "train_images": 3200}
+    config["datamodule"] = {**config["datamodule"], "train_images": 3200}
+    config["tracking"] = {**config["tracking"], "enabled": False}
+    return Cell(CellKey("tropical_cnn", ablation, "mnist", 0, "smoke"), config)
+
+
+def _body(cell: Cell, runs: Path) -> None:
+    from experiments.run import run_cell
+
+    run_cell(cell, runs)
+
+
+@pytest.fixture(scope="module")
+def forkserver():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _needs_mnist() -> None:
+    from datamodules.sources import DataUnavailable, load_images
+
+    try:
+        load_images("mnist")
+    except DataUnavailable as error:
+        pytest.skip(f"MNIST cannot be had here: {error}")
+
+
+def _done(runs: Path, cell: Cell) -> dict:
+    return json.loads((runs / cell.signature / "done.json").read_text())
+
+
+@pytest.mark.parametrize("ablation", ["net1", "net0_relu"])
+def test_killed_at_random_points_it_ends_with_the_same_weights(ablation: str, forkserver, tmp_path: Path) -> None:
+    cell = _cell(ablation)
+    whole = forkserver.Process(target=_body, args=(cell, tmp_path / "whole"))
+    started = time.monotonic()
+    whole.start()
+    whole.join()
+    length = time.monotonic() - started
+    assert whole.exitcode == 0
+    moments = random.Random(f"{ablation} moments")
+    kills, resumed_from = 0, set()
+    for _ in range(30):
+        process = forkserver.Process(target=_body, args=(cell, tmp_path / "cut"))
+        process.start()
+        if kills < 5:
+            process.join(timeout=moments.uniform(0.15, 0.8) * length)
+        else:
+            process.join()
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+            resumed_from.add((tmp_path / "cut" / cell.signature / "last.ckpt").exists())
+            continue
+        assert process.exitcode == 0
+        break
+    assert kills >= 1, "no kill came before the end: the test would say nothing"
+    assert _done(tmp_path / "cut", cell)["weights_sha256"] == _done(tmp_path / "whole", cell)["weights_sha256"]
+    metrics = [json.loads((tmp_path / side / cell.signature / "metrics.json").read_text()) for side in ("whole", "cut")]
+    for side in metrics:
+        side.pop("train/seconds")
+    assert metrics[0] == metrics[1]
+
+
+def test_killed_after_its_last_epoch_a_run_still_has_its_metrics(forkserver, tmp_path: Path) -> None:
+    cell = _cell("net0", epochs=2)
+    for _ in range(2):
+        process = forkserver.Process(target=_body, args=(cell, tmp_path))
+        process.start()
+        process.join()
+        folder = tmp_path / cell.signature
+        metrics = json.loads((folder / "metrics.json").read_text())
+        (folder / "done.json").unlink()
+        (folder / "metrics.json").unlink()
+        metrics.pop("train/seconds")
+        if _ == 0:
+            first = metrics
+    assert metrics == first
+    assert {"val/acc", "test/acc", "published/test_acc", "cost/multiplications"} <= metrics.keys()
+
+
+def test_a_crash_is_kept_and_the_other_cells_go_on(tmp_path: Path) -> None:
+    good, bad = _cell("net0", epochs=1), _cell("net1", epochs=1)
+    bad.config["optim"] = {"optimizer": {"_target_": "torch.optim.Adam", "lr": 1e30}, "schedule": None}
+    pool = LocalPool(jobs=2)
+    outcomes = {}
+    for cell in (bad, good):
+        pool.submit(Job(cell, tmp_path, tracked=False))
+    while len(outcomes) < 2:
+        outcomes |= {f.handle: f.outcome for f in pool.poll(timeout_s=1)}
+    assert outcomes == {good.signature: "done", bad.signature: "failed"}
+    failed = json.loads((tmp_path / bad.signature / "failed.json").read_text())
+    assert "FloatingPointError" in failed["error"]
+    assert "training_step" in failed["traceback"]
+    assert not (tmp_path / bad.signature / "metrics.json").exists()
+
+
+def test_a_killed_worker_is_failed_with_its_signal_named(tmp_path: Path) -> None:
+    cell = _cell("net1", epochs=200)
+    pool = LocalPool(jobs=1)
+    pool.submit(Job(cell, tmp_path, tracked=False))
+    (_, process), *_ = pool._running.values()
+    _wait_for(tmp_path / cell.signature / "last.ckpt")
+    os.kill(process.pid or 0, signal.SIGKILL)
+    finished = []
+    while not finished:
+        finished = pool.poll(timeout_s=1)
+    assert [f.outcome for f in finished] == ["failed"]
+    assert "SIGKILL" in json.loads((tmp_path / cell.signature / "failed.json").read_text())["error"]
+
+
+def test_cancel_stops_a_running_cell_and_keeps_what_it_had(tmp_path: Path) -> None:
+    cell = _cell("net1", epochs=200)
+    pool = LocalPool(jobs=1)
+    handle = pool.submit(Job(cell, tmp_path, tracked=False))
+    _wait_for(tmp_path / cell.signature / "last.ckpt")
+    pool.cancel(handle)
+    assert pool.poll(timeout_s=0.1) == []
+    assert (tmp_path / cell.signature / "last.ckpt").exists()
+    assert not (tmp_path / cell.signature / "done.json").exists()
+    assert not (tmp_path / cell.signature / "failed.json").exists()
+
+
+def _wait_for(path: Path, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.05)

@@ -144,7 +144,21 @@ def backward(x_CHWB, w_FCKL, mix_FC, g_FOPB, outer, split, sy, sx, dy, dx, dx_CH
                     y, x = o * sy, p * sx
                     if outer != SUM:
                         _channel_shares(
-                            x_CHWB, w_FCKL[f], base, y, x, dy, dx, low, high, outer, split, value_T, best_T, winner_T, count_T
+                            x_CHWB,
+                            w_FCKL[f],
+                            base,
+                            y,
+                            x,
+                            dy,
+                            dx,
+                            low,
+                            high,
+                            outer,
+                            split,
+                            value_T,
+                            best_T,
+                            winner_T,
+                            count_T,
                         )
                     for c in range(channels):
                         _inner(x_CHWB, w_FCKL[f, c], base + c, y, x, dy, dx, low, high, value_T)

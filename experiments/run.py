@@ -204,7 +204,7 @@ def _quiet() -> None:
     torch.set_num_threads(1)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=r".*(does not have many workers|ModelCheckpoint.*exists|LeafSpec).*")
+    warnings.filterwarnings("ignore", message=r".*(does not have many workers|exists and is not empty|LeafSpec).*")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

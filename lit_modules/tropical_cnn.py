@@ -65,9 +65,8 @@ class TropicalClassifier(LightningModule):
         self.net = net
         self.optimizer = optimizer
         self.schedule = schedule
-        self.scores = nn.ModuleDict(
-            {split: _scores(num_classes, f"{split}/") for split in ("train", "val", "watched", "test")}
-        )
+        self.train_scores, self.val_scores = _scores(num_classes, "train/"), _scores(num_classes, "val/")
+        self.watched_scores, self.test_scores = _scores(num_classes, "watched/"), _scores(num_classes, "test/")
         self.test_loss = MeanMetric()
         self.noise_scores = nn.ModuleList([_scores(num_classes, "") for _ in NOISE_SUITE])
         self.published_best = 0.0
@@ -86,30 +85,30 @@ class TropicalClassifier(LightningModule):
         losses = self.step(batch)
         if not torch.isfinite(losses.loss):
             raise FloatingPointError(f"the loss became {losses.loss.item()} in epoch {self.current_epoch}")
-        self._score("train", losses, batch)
+        self._score(self.train_scores, losses, batch)
         self.log("train/loss", losses.loss, on_step=True, on_epoch=False)
         return losses.loss
 
     def on_train_epoch_end(self) -> None:
-        self._log_percent("train", show=False)
+        self._log_percent(self.train_scores)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         losses = self.step(batch)
-        self._score("val" if dataloader_idx == 0 else "watched", losses, batch)
+        self._score(self.val_scores if dataloader_idx == 0 else self.watched_scores, losses, batch)
         if dataloader_idx == 0:
             self.log("val/loss", losses.loss, add_dataloader_idx=False, batch_size=len(batch[1]))
 
     def on_validation_epoch_end(self) -> None:
-        self._log_percent("val", show=True)
-        watched = 100 * self.scores["watched"].compute()["watched/acc"].item()
+        self._log_percent(self.val_scores)
+        watched = 100 * self.watched_scores.compute()["watched/acc"].item()
         self.published_best = max(self.published_best, watched)
         self.log("published/test_acc", self.published_best)
-        self.scores["watched"].reset()
+        self.watched_scores.reset()
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x_BCHW, y_B = batch
         losses = self.step(batch)
-        self._score("test", losses, batch)
+        self._score(self.test_scores, losses, batch)
         self.test_loss.update(losses.loss, weight=len(y_B))
         for (kind, level), score in zip(NOISE_SUITE, self.noise_scores, strict=True):
             generator = noise_generator(self.hparams["noise_seed"], kind, level, batch_idx)
@@ -117,7 +116,7 @@ class TropicalClassifier(LightningModule):
             score.update(self(noisy_BCHW), y_B)
 
     def on_test_epoch_end(self) -> None:
-        self._log_percent("test", show=False)
+        self._log_percent(self.test_scores)
         self.log("test/loss", self.test_loss.compute())
         for (kind, level), score in zip(NOISE_SUITE, self.noise_scores, strict=True):
             self.log(f"noise/{condition_name(kind, level)}/acc", 100 * score.compute()["acc"])
@@ -139,10 +138,11 @@ class TropicalClassifier(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.published_best = checkpoint["published_best"]
 
-    def _score(self, split: str, losses: Losses, batch: tuple[Tensor, Tensor]) -> None:
-        self.scores[split].update(losses.logits_BK.detach(), batch[1])
+    @staticmethod
+    def _score(scores: MetricCollection, losses: Losses, batch: tuple[Tensor, Tensor]) -> None:
+        scores.update(losses.logits_BK.detach(), batch[1])
 
-    def _log_percent(self, split: str, show: bool) -> None:
-        for name, value in self.scores[split].compute().items():
-            self.log(name, 100 * value, prog_bar=show)
-        self.scores[split].reset()
+    def _log_percent(self, scores: MetricCollection) -> None:
+        for name, value in scores.compute().items():
+            self.log(name, 100 * value)
+        scores.reset()

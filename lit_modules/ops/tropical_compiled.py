@@ -1,6 +1,6 @@
 """The compiled CPU path of the tropical convolution, as an autograd function round the kernels of `_tropical_numba`.
 
-Legend: B batch, C channels per group, F filters, H W padded input, O P output, K L kernel.
+Legend: B batch, C channels per group, F filters, H W padded input, O P output height and width, K kernel positions.
 """
 
 from __future__ import annotations
@@ -31,13 +31,8 @@ def conv2d(
     return _Conv2d.apply(x_BCHW, w_FCKL, mix, inner, outer, geometry, ties)
 
 
-def _innermost_batch(x_BCHW: Tensor, sign: int) -> np.ndarray:
-    x_CHWB = x_BCHW.detach().permute(1, 2, 3, 0)
-    return (x_CHWB.contiguous() if sign > 0 else -x_CHWB).contiguous().numpy()
-
-
 class _Conv2d(torch.autograd.Function):
-    """max is min of the negated operands: y = sign * kernel(sign * x, sign * w), with min and max of channels swapped."""
+    """max is min of negated operands: y = sign * kernel(sign * x, sign * w), with min and max of channels swapped."""
 
     @staticmethod
     def forward(
@@ -47,29 +42,50 @@ class _Conv2d(torch.autograd.Function):
         ctx.sign = 1 if inner == "min" else -1
         ctx.outer = CODE[outer if inner == "min" else DUAL[outer]]
         ctx.geometry, ctx.split = geometry, ties == "split"
-        y_FOPB = np.empty((w.shape[0], *geometry.output, x.shape[0]), dtype=w.detach().numpy().dtype)
-        kernels.forward(*_operands(x, w, mix, ctx.sign), y_FOPB, ctx.outer, *geometry.stride, *geometry.dilation)
-        y_BFOP = torch.from_numpy(y_FOPB).permute(3, 0, 1, 2)
-        return (y_BFOP if ctx.sign > 0 else -y_BFOP).contiguous()
+        batch, filters = x.shape[0], w.shape[0]
+        operands = _operands(x, w, mix, ctx.sign, geometry)
+        y_FPB = torch.empty(filters, geometry.output[0] * geometry.output[1], batch, dtype=x.dtype)
+        kernels.forward(*operands, y_FPB.numpy(), ctx.outer, batch)
+        y_BFOP = _batch_first(y_FPB, ctx.sign).view(batch, filters, *geometry.output)
+        return y_BFOP
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w, mix = ctx.saved_tensors
-        x_CHWB, w_FCKL, mix_FC = _operands(x, w, mix, ctx.sign)
-        g_FOPB = g.permute(1, 2, 3, 0).contiguous().numpy()
-        dx_CHWB = np.zeros_like(x_CHWB)
-        dw_FCKL, dmix_FC = np.zeros(w_FCKL.shape), np.zeros(mix_FC.shape)
-        steps = (*ctx.geometry.stride, *ctx.geometry.dilation)
-        kernels.backward(
-            x_CHWB, w_FCKL, mix_FC, g_FOPB, ctx.outer, ctx.split, *steps, dx_CHWB, dw_FCKL, dmix_FC
-        )  # fmt: skip
-        dx = torch.from_numpy(dx_CHWB).permute(3, 0, 1, 2)
-        dw = torch.from_numpy(dw_FCKL).to(w.dtype)
-        dmix = torch.from_numpy(ctx.sign * dmix_FC).to(w.dtype)
-        return dx, dw, dmix if mix.numel() else None, None, None, None, None
+        batch, filters = x.shape[0], w.shape[0]
+        operands = _operands(x, w, mix, ctx.sign, ctx.geometry)
+        g_FPB = _batch_last(g, 1).view(filters, -1, batch).numpy()
+        needed = ctx.needs_input_grad[0]  # a net's first layer needs no gradient of its images
+        dx_NB = torch.zeros(x[0].numel() if needed else 0, batch, dtype=x.dtype)
+        dw_FCK, dmix_FC = np.zeros((filters, w.shape[1], w[0, 0].numel())), np.zeros(tuple(mix.shape))
+        kernels.backward(*operands, g_FPB, ctx.outer, batch, ctx.split, dx_NB.numpy().reshape(-1), dw_FCK, dmix_FC)
+        dx = _batch_first(dx_NB, 1).view_as(x) if needed else None
+        dw = torch.from_numpy(dw_FCK).to(w.dtype).view_as(w)
+        dmix = torch.from_numpy(ctx.sign * dmix_FC).to(w.dtype) if mix.numel() else None
+        return dx, dw, dmix, None, None, None, None
 
 
-def _operands(x: Tensor, w: Tensor, mix: Tensor, sign: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    w_FCKL = (w.detach() if sign > 0 else -w.detach()).contiguous().numpy()
-    return _innermost_batch(x, sign), w_FCKL, mix.detach().contiguous().numpy()
+def _batch_last(x: Tensor, sign: int) -> Tensor:
+    """Return sign * x as a new contiguous (everything else, B)."""
+    turned = x.detach().reshape(x.shape[0], -1).t().contiguous()
+    return turned if sign > 0 else turned.neg_()
+
+
+def _batch_first(y: Tensor, sign: int) -> Tensor:
+    """Return sign * y, given as (..., B), as a new contiguous (B, everything else)."""
+    turned = y.view(-1, y.shape[-1]).t().contiguous()
+    return turned if sign > 0 else turned.neg_()
+
+
+def _operands(x: Tensor, w: Tensor, mix: Tensor, sign: int, geometry: Geometry) -> tuple[np.ndarray, ...]:
+    """The kernels' first arguments: flat input, where windows, channels and taps lie in it, weights and channel weights."""
+    batch, channels, height, width = x.shape
+    rows = np.arange(geometry.output[0]) * geometry.stride[0] * width
+    columns = np.arange(geometry.output[1]) * geometry.stride[1]
+    corners_P = (rows[:, None] + columns).reshape(-1) * batch
+    planes_C = np.arange(channels) * (height * width * batch)
+    steps = [k * geometry.dilation[0] * width + q * geometry.dilation[1] for k, q in geometry.offsets]
+    w_FCK = (w.detach() if sign > 0 else -w.detach()).reshape(w.shape[0], w.shape[1], -1).contiguous().numpy()
+    flat = _batch_last(x, sign).numpy().reshape(-1)
+    return flat, corners_P, planes_C, np.array(steps) * batch, w_FCK, mix.detach().contiguous().numpy()

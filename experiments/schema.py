@@ -48,13 +48,14 @@ class Data(Strict):
 
 
 class Budget(Strict):
-    """How much a cell trains. `train_images: null` means all that remain after the validation split."""
+    """How much a cell trains and tests. `train_images: null` means all that remain after the validation split."""
 
     max_epochs: Positive
     batch_size: Positive
     train_images: Positive | None = None
     val_images: Positive
     test_images: Positive | None = None
+    noise: bool = False
 
 
 class Optim(Strict):

@@ -131,14 +131,7 @@ def experiment_id(store: Store, paper_key: str, title: str, description: str) ->
 
 
 def parent_run(
-    store: Store,
-    experiment_id: str,
-    *,
-    paper: str,
-    ablation: str,
-    data: str,
-    profile: str,
-    params: Mapping[str, Any],
+    store: Store, experiment_id: str, *, paper: str, ablation: str, data: str, profile: str, params: Mapping[str, Any]
 ) -> str:
     """Return the id of the one parent run of a group of seeds, made if need be, and RUNNING again if it had ended."""
     client = _client(store)
@@ -200,19 +193,19 @@ def open_child(
         tags["mlflow.source.git.commit"] = str(manifest["commit"])
     with sigterm_interrupts():
         run_id, resumed = _child_id(store, client, experiment_id, key, tags, resume_run_id)
-        with _ended(client, run_id):
+        with _ended(store, run_id):
             _log_params(client, run_id, {**params, **asdict(key), "signature": signature})
             client.log_text(run_id, config_yaml, "config.yaml")
             known = {**manifest, "mlflow_run_id": run_id, "mlflow_experiment_id": experiment_id}
             client.log_text(run_id, json.dumps(known, indent=2, sort_keys=True), "manifest.json")
             logger = GuestLogger(store.uri, experiment_id, run_id, partial(_log_metrics, client, run_id))
-            with _flushed(logger), _system_metrics(store, run_id, resumed, log_system_metrics):
+            with logger.flushed(), _system_metrics(store, run_id, resumed, log_system_metrics):
                 yield ChildRun(run_id, logger, log_every)
 
 
 def mark_pruned(store: Store, run_id: str, step: int | None = None) -> None:
     """Tag a trial that was stopped early because it was losing, at `step`: it has not failed."""
-    _prune(_client(store), run_id)
+    _client(store).set_tag(run_id, "state", "PRUNED")
     if step is not None:
         _client(store).set_tag(run_id, "pruned_at", step)
 
@@ -338,8 +331,9 @@ def _resumable(store: Store, client: MlflowClient, experiment: str, signature: s
 
 
 @contextmanager
-def _ended(client: MlflowClient, run_id: str) -> Iterator[None]:
+def _ended(store: Store, run_id: str) -> Iterator[None]:
     """End a run as what happened inside."""
+    client = _client(store)
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -348,25 +342,13 @@ def _ended(client: MlflowClient, run_id: str) -> Iterator[None]:
     except BaseException as error:
         # Told by name, since only sweeps may import optuna.
         if any(kind.__name__ == "TrialPruned" for kind in type(error).__mro__):
-            _prune(client, run_id)
+            mark_pruned(store, run_id)
             client.set_terminated(run_id, "FINISHED")
         else:
             client.set_tag(run_id, "error", f"{type(error).__name__}: {error}"[:PARAM_CHARS])
             client.set_terminated(run_id, "FAILED")
         raise
     client.set_terminated(run_id, "FINISHED")
-
-
-def _prune(client: MlflowClient, run_id: str) -> None:
-    client.set_tag(run_id, "state", "PRUNED")
-
-
-@contextmanager
-def _flushed(logger: GuestLogger) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        logger.flush()
 
 
 @contextmanager
@@ -398,7 +380,8 @@ def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) ->
     from mlflow.entities import Param
 
     there = client.get_run(run_id).data.params
-    new = [Param(_clean(name), _short(str(value))) for name, value in params.items() if _clean(name) not in there]
+    values = {_clean(name): _short(str(value)) for name, value in params.items()}
+    new = [Param(name, value) for name, value in values.items() if name not in there]
     for start in range(0, len(new), PARAMS_PER_BATCH):
         client.log_batch(run_id, params=new[start : start + PARAMS_PER_BATCH])
 
@@ -416,5 +399,5 @@ def _log_metrics(client: MlflowClient, run_id: str, rows: Sequence[Row]) -> None
     from mlflow.entities import Metric
 
     for start in range(0, len(rows), METRICS_PER_BATCH):
-        batch = rows[start : start + METRICS_PER_BATCH]
-        client.log_batch(run_id, metrics=[Metric(_clean(name), *values) for name, *values in batch])
+        batch = [Metric(_clean(name), v, ms, step) for name, v, ms, step in rows[start : start + METRICS_PER_BATCH]]
+        client.log_batch(run_id, metrics=batch)

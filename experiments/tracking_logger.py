@@ -6,7 +6,8 @@ Apart from `experiments.tracking`, since importing Lightning takes seconds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch.loggers import MLFlowLogger
@@ -53,6 +54,14 @@ class GuestLogger(MLFlowLogger):
     def finalize(self, status: str = "success") -> None:
         """Write what was gathered."""
         self.flush()
+
+    @contextmanager
+    def flushed(self) -> Iterator[None]:
+        """Write, whatever happens inside, what was gathered."""
+        try:
+            yield
+        finally:
+            self.flush()
 
     @rank_zero_only
     def flush(self) -> None:

@@ -45,6 +45,7 @@ class TropicalClassifier(LightningModule):
         schedule: learning-rate factor of the epoch, or None for constant.
         steps_per_epoch: optimiser steps in one epoch, which turns steps into epochs for the schedule.
         num_classes: K.
+        noise: whether to test under noise too.
         noise_seed: seed of the evaluation noise, the same for every net and training seed.
     Logs, in percent: `val/acc`, `test/acc`, `noise/<kind>_<level>/acc`, and `published/test_acc`, the best test accuracy
     over epochs. The last is the published protocol, which selects on the test set; it decides nothing here.
@@ -58,17 +59,19 @@ class TropicalClassifier(LightningModule):
         steps_per_epoch: int,
         schedule: Schedule | None = None,
         num_classes: int = 10,
+        noise: bool = True,
         noise_seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters("steps_per_epoch", "num_classes", "noise_seed")
+        self.suite = NOISE_SUITE if noise else ()
         self.net = net
         self.optimizer = optimizer
         self.schedule = schedule
         self.train_scores, self.val_scores = _scores(num_classes, "train/"), _scores(num_classes, "val/")
         self.watched_scores, self.test_scores = _scores(num_classes, "watched/"), _scores(num_classes, "test/")
         self.test_loss = MeanMetric()
-        self.noise_scores = nn.ModuleList([_scores(num_classes, "") for _ in NOISE_SUITE])
+        self.noise_scores = nn.ModuleList([_scores(num_classes, "") for _ in self.suite])
         self.published_best = 0.0
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -110,7 +113,7 @@ class TropicalClassifier(LightningModule):
         losses = self.step(batch)
         self._score(self.test_scores, losses, batch)
         self.test_loss.update(losses.loss, weight=len(y_B))
-        for (kind, level), score in zip(NOISE_SUITE, self.noise_scores, strict=True):
+        for (kind, level), score in zip(self.suite, self.noise_scores, strict=True):
             generator = noise_generator(self.hparams["noise_seed"], kind, level, batch_idx)
             noisy_BCHW = add_noise(x_BCHW.cpu(), kind, level, generator).to(x_BCHW)
             score.update(self(noisy_BCHW), y_B)
@@ -118,7 +121,7 @@ class TropicalClassifier(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_percent(self.test_scores)
         self.log("test/loss", self.test_loss.compute())
-        for (kind, level), score in zip(NOISE_SUITE, self.noise_scores, strict=True):
+        for (kind, level), score in zip(self.suite, self.noise_scores, strict=True):
             self.log(f"noise/{condition_name(kind, level)}/acc", 100 * score.compute()["acc"])
             score.reset()
         self.test_loss.reset()

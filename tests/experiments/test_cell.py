@@ -42,7 +42,10 @@ def test_signature_ignores_where_a_cell_runs_and_sees_what_it_computes() -> None
     elsewhere.config["tracking"] = {**cell.config["tracking"], "enabled": False}
     assert elsewhere.signature == cell.signature
     signatures = {resolve(k).signature for k in (NET1, replace(NET1, seed=1), replace(NET1, ablation="net0"))}
-    signatures |= {resolve(replace(NET1, data="fashion_mnist")).signature, resolve(replace(NET1, profile="smoke")).signature}
+    signatures |= {
+        resolve(replace(NET1, data="fashion_mnist")).signature,
+        resolve(replace(NET1, profile="smoke")).signature,
+    }
     assert len(signatures) == 5
 
 
@@ -160,5 +163,7 @@ def _closure(ablation: str) -> set[str]:
 def _merged(base: dict, change: dict) -> dict:
     merged = dict(base)
     for name, value in change.items():
-        merged[name] = _merged(base[name], value) if isinstance(value, dict) and isinstance(base.get(name), dict) else value
+        merged[name] = (
+            _merged(base[name], value) if isinstance(value, dict) and isinstance(base.get(name), dict) else value
+        )
     return merged

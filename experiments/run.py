@@ -130,8 +130,8 @@ def _fit_and_test(cell: Cell, folder: Path, data: LightningDataModule, logger: A
         schedule=instantiate(config["optim"]["schedule"]) if config["optim"]["schedule"] else None,
         steps_per_epoch=steps,
     )
-    history, best = History(), _checkpoints(folder)
-    callbacks = [EpochRandomness(config["seed"]), history, Progress(folder / "progress.json"), best]
+    history, (best, latest) = History(), _checkpoints(folder)
+    callbacks = [EpochRandomness(config["seed"]), history, Progress(folder / "progress.json"), best, latest]
     trainer = _trainer(config, folder, callbacks, logger)
     last = folder / "last.ckpt"
     trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=False)
@@ -169,18 +169,13 @@ def _cost(net: torch.nn.Module, data: LightningDataModule) -> dict[str, float]:
     }
 
 
-def _checkpoints(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        dirpath=folder,
-        filename="best",
-        monitor="val/acc",
-        mode="max",
-        save_top_k=1,
-        save_last=True,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-        auto_insert_metric_name=False,
-    )
+def _checkpoints(folder: Path) -> tuple[ModelCheckpoint, ModelCheckpoint]:
+    """The best epoch on validation, and the last one. Two, because one callback that keeps the best writes its `last`
+    only when the best improves; and in this order, so that the last holds what the best has come to.
+    """
+    same: dict[str, Any] = {"dirpath": folder, "save_on_train_epoch_end": True, "enable_version_counter": False}
+    best = ModelCheckpoint(filename="best", monitor="val/acc", mode="max", auto_insert_metric_name=False, **same)
+    return best, ModelCheckpoint(filename="last", every_n_epochs=1, **same)
 
 
 def _trainer(config: dict[str, Any], folder: Path, callbacks: list[Callback], logger: Any) -> Trainer:

@@ -39,7 +39,6 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 GROUP = "fivefold.group"  # on parents only: paper/ablation/data/profile
 PARENT = "mlflow.parentRunId"
-NOTE = "mlflow.note.content"
 PARAM_CHARS, NAME_CHARS = 500, 250  # how much of a parameter is worth a column; MLflow's own limit on names
 PARAMS_PER_BATCH, METRICS_PER_BATCH = 100, 1000  # MLflow's limits
 Estimate = tuple[float | None, float | None, float | None, int | None]
@@ -110,7 +109,10 @@ def experiment_id(store: Store, paper_key: str, title: str, description: str) ->
     """
     from mlflow.entities import ViewType
 
-    client, tags = _client(store), {"mlflow.experimentKind": "custom_model_development", NOTE: description}
+    client, tags = (
+        _client(store),
+        {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": description},
+    )
     with store.database.lock:
         # With the trash: an experiment there still holds its name.
         found = client.search_experiments(ViewType.ALL, filter_string=f"tags.paper = {_quoted(paper_key)}")
@@ -210,17 +212,14 @@ def mark_pruned(store: Store, run_id: str, step: int | None = None) -> None:
         _client(store).set_tag(run_id, "pruned_at", step)
 
 
-def summarise_parent(
-    store: Store, parent_run_id: str, estimates: Mapping[str, Estimate], status: str = "FINISHED"
-) -> None:
+def summarise_parent(store: Store, parent_run_id: str, estimates: Mapping[str, Estimate], status: str) -> None:
     """Log a parent's numbers over seeds and end it: `<metric>`, `<metric>.ci_low`, `<metric>.ci_high`, `<metric>.n`.
 
     Args:
         estimates: metric -> (mean, ci_low, ci_high, n), each in the metric's unit; what is None or NaN is left out.
         status: FINISHED, FAILED or KILLED.
     """
-    client = _client(store)
-    now_ms = int(time.time() * 1000)
+    client, now_ms = _client(store), int(time.time() * 1000)
     rows = [
         (metric + suffix, float(value), now_ms, 0)
         for metric, estimate in estimates.items()
@@ -248,7 +247,7 @@ def serve(store: Store, host: str = "127.0.0.1", port: int = 5000) -> None:
     The next free port is taken where `port` is not. The server's own words go to server.log in the root.
 
     Raises:
-        UserError: `host` can be reached from other machines, no port is free, or the server did not start.
+        UserError: other machines could reach `host`, no port is free, or the server did not start.
     """
     if store.remote:
         print(f"Runs are tracked at {store.remote}", flush=True)
@@ -380,8 +379,9 @@ def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) ->
     from mlflow.entities import Param
 
     there = client.get_run(run_id).data.params
-    values = {_clean(name): _short(str(value)) for name, value in params.items()}
-    new = [Param(name, value) for name, value in values.items() if name not in there]
+    values = {_clean(name): str(value) for name, value in params.items()}
+    short = {name: v if len(v) <= PARAM_CHARS else v[: PARAM_CHARS - 1] + "…" for name, v in values.items()}
+    new = [Param(name, value) for name, value in short.items() if name not in there]
     for start in range(0, len(new), PARAMS_PER_BATCH):
         client.log_batch(run_id, params=new[start : start + PARAMS_PER_BATCH])
 
@@ -389,10 +389,6 @@ def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) ->
 def _clean(name: str) -> str:
     """A name that MLflow takes."""
     return re.sub(r"[^\w/.: -]", "_", name, flags=re.ASCII)[:NAME_CHARS]
-
-
-def _short(value: str) -> str:
-    return value if len(value) <= PARAM_CHARS else value[: PARAM_CHARS - 1] + "…"
 
 
 def _log_metrics(client: MlflowClient, run_id: str, rows: Sequence[Row]) -> None:

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -87,6 +86,8 @@ def run_server(command: Sequence[str], address: str, folder: Path, environment: 
 
 
 def _wait_until_healthy(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    import urllib.request
+
     deadline = time.monotonic() + START_S
     opener = urllib.request.build_opener(
         urllib.request.ProxyHandler({})

@@ -19,6 +19,7 @@ from tracking_fixtures import (
     log_once,
     make_parent,
     parent,
+    race_for_parents,
     start,
     store,
     template,
@@ -126,3 +127,12 @@ def test_four_processes_on_no_database_share_one_experiment_and_one_parent(tmp_p
         assert run.info.status == "FINISHED"
         history = client_of(store).get_metric_history(run.info.run_id, "train/acc")
         assert [point.value for point in history] == [float(step) for step in range(40)]
+
+
+def test_processes_that_ask_at_once_get_the_same_experiment_and_the_same_parent(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "gate").mkdir()
+    assert joined([start(race_for_parents, store, tmp_path / "gate", me, 4, 12) for me in range(4)]) == [0] * 4
+    experiments = client_of(store).search_experiments(filter_string="attribute.name LIKE 'Paper %'")
+    assert sorted(e.tags["paper"] for e in experiments) == sorted(f"paper{group}" for group in range(12))
+    runs = client_of(store).search_runs([make_parent(store)[0]], "tags.ablation LIKE '%_wide'")
+    assert sorted(run.data.params["n"] for run in runs) == sorted(str(group) for group in range(12))

@@ -100,13 +100,29 @@ def wait_for(path: Path, seconds: float = 60) -> str:
     return path.read_text()
 
 
+def together(gate: Path, me: int, peers: int) -> None:
+    """Return in all of `peers` processes at about the same moment."""
+    (gate / str(me)).touch()
+    while len(list(gate.iterdir())) < peers:
+        time.sleep(0.0005)
+
+
+def race_for_parents(store: tracking.Store, gate: Path, me: int, peers: int, groups: int) -> None:
+    """One of several processes that all ask for the same parents in the same order."""
+    make_parent(store)  # the imports are over with
+    experiment = tracking.experiment_id(store, PAPER, TITLE, "**About**")
+    for group in range(groups):
+        (gate / str(group)).mkdir(exist_ok=True)
+        together(gate / str(group), me, peers)
+        tracking.experiment_id(store, f"paper{group}", f"Paper {group}", "")
+        tracking.parent_run(store, experiment, **(AXES | {"ablation": f"net{group}_wide"}), params={"n": group})
+
+
 def from_nothing(root: Path, cwd: Path, seed: int, gate: Path, peers: int) -> None:
     """One of several processes that all find no database: prepare, experiment, parent, child, metrics."""
     os.chdir(cwd)
     os.environ["HOME"] = str(cwd)
-    (gate / str(seed)).touch()
-    while len(list(gate.iterdir())) < peers:
-        time.sleep(0.001)
+    together(gate, seed, peers)
     store = tracking.Store(root)
     tracking.prepare(store)
     with child(store, make_parent(store), seed, log_system_metrics=True) as run:

@@ -1,0 +1,240 @@
+"""What the runs say about a claim: an estimate, an interval and a p value, before anything is decided.
+
+All differences are turned so that positive means "as the claim says": a better than b in the metric's own direction.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from experiments import stats
+from experiments.claims import Claim, Metric, Operand, PaperSpec
+from experiments.records import Record
+from experiments.stats import Estimate
+
+
+class NotAssessable(Exception):
+    """Nothing can be said, and why: a metric that was not measured, a premise that does not hold."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The numbers of one claim.
+
+    `p` is one-sided, for the claim being true beyond its margin; None where the answer is exact. `contrary` says whether
+    the numbers speak against the claim (its interval lies wholly on the other side of the margin).
+    """
+
+    estimate: Estimate
+    p: float | None
+    contrary: bool
+    holds: bool
+    finding: str
+    runs: tuple[str, ...] = ()
+    premises: dict[str, float] = field(default_factory=dict)
+
+
+class Runs:
+    """The records of a claim's cells, looked up by (ablation, data)."""
+
+    def __init__(self, spec: PaperSpec, records: Sequence[Record]) -> None:
+        self.spec = spec
+        self.by_cell: dict[tuple[str, str], list[Record]] = defaultdict(list)
+        for record in sorted(records, key=lambda r: r.key):
+            self.by_cell[record.key.ablation, record.key.data].append(record)
+
+    def of(self, claim: Claim) -> list[Record]:
+        """Every record that the claim needs, each once."""
+        pairs = dict.fromkeys((name, o.data) for o in claim.operands for name in o.ablations)
+        return [record for pair in pairs for record in self.by_cell.get(pair, [])]
+
+    def complete(self, claim: Claim) -> bool:
+        """Whether every cell of the claim has a record at all."""
+        return all(self.by_cell.get((name, o.data)) for o in claim.operands for name in o.ablations)
+
+    def chosen(self, operand: Operand) -> str:
+        """The ablation of an operand; of several, the best by their mean on a validation metric."""
+        if operand.ablation:
+            return operand.ablation
+        by = operand.by or ""
+        means = {name: float(np.mean(self._metric(name, operand.data, by))) for name in operand.best_of}
+        best = min if self.spec.metric(by).direction == "lower" else max
+        return best(means, key=lambda name: means[name])
+
+    def values(self, operand: Operand) -> np.ndarray:
+        """The operand's metric, seed by seed."""
+        return self._metric(self.chosen(operand), operand.data, operand.metric)
+
+    def _metric(self, ablation: str, data: str, metric: str) -> np.ndarray:
+        records = self.by_cell[ablation, data]
+        missing = [str(r.key.seed) for r in records if metric not in r.metrics]
+        if missing:
+            raise NotAssessable(f"{metric} was not measured for {ablation} on {data}, seed {', '.join(missing)}")
+        return np.array([r.metrics[metric] for r in records])
+
+    def mean(self, ablation: str, data: str, metric: str) -> float:
+        """The mean over seeds of any metric of a cell."""
+        return float(self._metric(ablation, data, metric).mean())
+
+
+def gather(spec: PaperSpec, claim: Claim, runs: Runs) -> Evidence:
+    """Return the evidence on a claim whose runs are all done.
+
+    Raises:
+        NotAssessable: a metric is missing or a premise does not hold.
+    """
+    premises = _premises(claim, runs)
+    kinds = {
+        "comparison": _comparison,
+        "ordering": _mixed if claim.pattern == "mixed" else _ordering,
+        "trend": _trend,
+        "value": _value,
+        "identity": _identity,
+    }
+    found = kinds[claim.kind](claim, runs)
+    used = tuple(record.run_id for record in runs.of(claim))
+    return Evidence(found.estimate, found.p, found.contrary, found.holds, found.finding, used, premises)
+
+
+def _premises(claim: Claim, runs: Runs) -> dict[str, float]:
+    """Relative gaps of the matched metrics between the operands' cells; beyond the tolerance nothing is compared."""
+    gaps = {}
+    for metric, tolerance in claim.match.items():
+        means = [runs.mean(runs.chosen(o), o.data, metric) for o in claim.operands]
+        top = max(abs(mean) for mean in means)
+        gaps[metric] = (max(means) - min(means)) / top if top else 0.0
+        if gaps[metric] > tolerance:
+            raise NotAssessable(
+                f"the two sides differ by {gaps[metric]:.1%} in {metric}, more than the {tolerance:.0%} the claim allows"
+            )
+    return gaps
+
+
+def _oriented(metric: Metric, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return b - a if metric.direction == "lower" else a - b
+
+
+def _against(estimate: Estimate, margin: float) -> bool:
+    """Whether the interval lies wholly at or below the margin."""
+    if estimate.ci_high is None:
+        return False
+    return estimate.ci_high < margin or (not estimate.sd and estimate.mean <= margin)
+
+
+def _paired(claim: Claim, runs: Runs, a: Operand, b: Operand, alpha: float) -> tuple[Estimate, float]:
+    x, y = runs.values(a), runs.values(b)
+    metric = runs.spec.metric(a.metric)
+    if not claim.design.paired:
+        return stats.welch(*((y, x) if metric.direction == "lower" else (x, y)), claim.margin, alpha)
+    if len(x) != len(y):
+        raise NotAssessable(f"{a.label} has {len(x)} seeds and {b.label} {len(y)}: they cannot be paired")
+    gaps = _oriented(metric, x, y)
+    estimate = stats.t_estimate(gaps, alpha)
+    p = stats.TESTS[claim.design.test](gaps, claim.margin) if len(gaps) > 1 else 1.0
+    return estimate, p
+
+
+def _interval(estimate: Estimate, unit: str) -> str:
+    if estimate.ci_low is None or estimate.ci_high is None:
+        return f"{estimate.mean:+.2f} {unit} from one run"
+    return f"{estimate.mean:+.2f} {unit}, 95% interval {estimate.ci_low:+.2f} to {estimate.ci_high:+.2f}"
+
+
+def _comparison(claim: Claim, runs: Runs) -> Evidence:
+    a, b = claim.operands
+    estimate, p = _paired(claim, runs, a, b, claim.design.alpha)
+    unit = runs.spec.metric(a.metric).unit
+    name = runs.chosen(a) if a.best_of else a.ablation
+    finding = f"{name} against {runs.chosen(b)}: {_interval(estimate, unit)}"
+    if a.best_of:
+        finding = f"the best on validation is {name}; {finding}"
+    return Evidence(estimate, p, _against(estimate, claim.margin), True, finding)
+
+
+def _ordering(claim: Claim, runs: Runs) -> Evidence:
+    """Every operand but the last is better than the last: the p of the weakest pair (intersection-union)."""
+    *winners, last = claim.operands
+    alpha = claim.design.alpha / len(winners)
+    pairs = [(a, *_paired(claim, runs, a, last, alpha)) for a in winners]
+    a, _, p = max(pairs, key=lambda pair: (pair[2], -pair[1].mean))
+    estimate, _ = _paired(claim, runs, a, last, claim.design.alpha)
+    losers = [x.label for x, e, _ in pairs if _against(e, claim.margin)]
+    unit = runs.spec.metric(a.metric).unit
+    finding = f"the weakest of {len(winners)} is {a.label} against {last.label}: {_interval(estimate, unit)}"
+    if losers:
+        finding += f"; not better: {', '.join(losers)}"
+    return Evidence(estimate, p, bool(losers), True, finding)
+
+
+def _mixed(claim: Claim, runs: Runs) -> Evidence:
+    """In some pair the first side wins, in some the second: Bonferroni over pairs, then both sides must hold."""
+    pairs = list(zip(claim.operands[::2], claim.operands[1::2], strict=True))
+    alpha = claim.design.alpha / len(pairs)
+    sides = []
+    for order in (lambda a, b: (a, b), lambda a, b: (b, a)):
+        results = [(o[0], *_paired(claim, runs, *o, alpha)) for o in (order(a, b) for a, b in pairs)]
+        best = min(results, key=lambda r: (r[2], -r[1].mean))
+        wins = sum(min(1.0, r[2] * len(pairs)) <= claim.design.alpha / 2 for r in results)
+        nowhere = all(_against(r[1], claim.margin) for r in results)
+        sides.append((min(1.0, best[2] * len(pairs)), best, wins, nowhere))
+    p, (operand, estimate, _), _, _ = max(sides, key=lambda side: side[0])
+    names = [side[1][0].label for side in sides]
+    best = "; ".join(
+        f"{name} is ahead under {s[1][0].metric.split('/')[1].replace('_', ' ')} ({s[1][1].mean:+.2f})"
+        for name, s in zip(names, sides, strict=True)
+    )
+    finding = (
+        f"of {len(pairs)} conditions {names[0]} clearly wins {sides[0][2]} and {names[1]} {sides[1][2]} by more than "
+        f"{claim.margin:g}; at best {best}"
+    )
+    return Evidence(estimate, p, any(side[3] for side in sides), True, finding)
+
+
+def _trend(claim: Claim, runs: Runs) -> Evidence:
+    """Each seed's slope along the operands, in the metric's better direction."""
+    series = np.array([runs.values(o) for o in claim.operands]).T
+    metric = runs.spec.metric(claim.operands[0].metric)
+    slopes = stats.slopes(series if metric.direction == "higher" else -series, range(len(claim.operands)))
+    estimate = stats.t_estimate(slopes, claim.design.alpha)
+    p = stats.TESTS[claim.design.test](slopes, claim.margin) if len(slopes) > 1 else 1.0
+    finding = f"slope per step: {_interval(estimate, metric.unit)}"
+    return Evidence(estimate, p, _against(estimate, claim.margin), True, finding)
+
+
+def _value(claim: Claim, runs: Runs) -> Evidence:
+    if claim.reported is None:
+        raise NotAssessable("the paper's number could not be read, so there is nothing to compare with")
+    values = runs.values(claim.operands[0])
+    estimate = stats.t_estimate(values, claim.design.alpha)
+    if len(values) < 2:
+        raise NotAssessable("one run gives no interval to hold the paper's number against")
+    low, high = stats.prediction_interval(values, claim.design.alpha)
+    finding = f"ours {estimate.mean:.2f}, a further run would lie in {low:.2f} to {high:.2f}; the paper has {claim.reported:g}"
+    outside = not low <= claim.reported <= high
+    if claim.margin <= 0:
+        return Evidence(estimate, 1.0, outside, True, f"{finding}; no margin of agreement was stated")
+    p = stats.equivalence(values - claim.reported, claim.margin)
+    apart = abs(estimate.mean - claim.reported) - claim.margin
+    half = (estimate.ci_high or estimate.mean) - estimate.mean
+    return Evidence(estimate, p, outside and apart > half, True, finding)
+
+
+def _identity(claim: Claim, runs: Runs) -> Evidence:
+    a, b = (runs.values(operand) for operand in claim.operands)
+    for operand, values in zip(claim.operands, (a, b), strict=True):
+        if np.unique(values).size > 1:
+            raise NotAssessable(f"{operand.metric} of {operand.label} differs between runs, so it is no exact quantity")
+    metric = runs.spec.metric(claim.operands[0].metric)
+    first, second = float(a[0]), float(b[0])
+    holds = bool(_oriented(metric, a[:1], b[:1])[0] > claim.margin)
+    ratio = first / second if second else float("inf")
+    if claim.reported is not None:
+        holds &= abs(ratio - claim.reported) <= 5e-4
+    estimate = Estimate(ratio, 0.0, len(a), ratio, ratio)
+    names = claim.operands[0].label, claim.operands[1].label
+    finding = f"{names[0]} has {first:,.0f} {metric.unit} and {names[1]} {second:,.0f}: a ratio of {ratio:.3f}"
+    return Evidence(estimate, None, not holds, holds, finding)

@@ -193,8 +193,7 @@ def load_paper(key: str, folder: Path = PAPERS) -> PaperSpec:
         raise ClaimError(f"no claims for '{key}'{nearest(key, available_papers(folder).values())}")
     raw = yaml.safe_load(file.read_text())
     metrics = {
-        name: _build(Metric, {"name": name, **body}, f"metrics.{name}")
-        for name, body in raw.pop("metrics", {}).items()
+        name: _build(Metric, {"name": name, **body}, f"metrics.{name}") for name, body in raw.pop("metrics", {}).items()
     }
     spec = _build(PaperSpec, {**raw, "key": key, "metrics": metrics}, str(file.relative_to(folder.parent)))
     _check(spec)

@@ -181,7 +181,7 @@ def _mixed(claim: Claim, runs: Runs) -> Evidence:
         wins = sum(min(1.0, r[2] * len(pairs)) <= claim.design.alpha / 2 for r in results)
         nowhere = all(_against(r[1], claim.margin) for r in results)
         sides.append((min(1.0, best[2] * len(pairs)), best, wins, nowhere))
-    p, (operand, estimate, _), _, _ = max(sides, key=lambda side: side[0])
+    p, (_, estimate, _), _, _ = max(sides, key=lambda side: side[0])
     names = [side[1][0].label for side in sides]
     best = "; ".join(
         f"{name} is ahead under {s[1][0].metric.split('/')[1].replace('_', ' ')} ({s[1][1].mean:+.2f})"

@@ -21,7 +21,14 @@ SINGLE_THREADED = dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"
 )
 EXIT_BUSY = 75  # the cell is being run by another command
-PRELOAD = ["experiments.run", "lit_modules.tropical_cnn", "experiments.cli", "mlflow"]
+PRELOAD = [
+    "experiments.run",
+    "experiments.cli",
+    "experiments.tracking_logger",
+    "lit_modules.tropical_cnn",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.system_metrics.system_metrics_monitor",
+]
 
 
 @dataclass(frozen=True)

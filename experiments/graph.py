@@ -143,9 +143,8 @@ class _Pricer:
 
 
 def _price_net(config: dict, key: CellKey) -> tuple[int, int]:
-    from lit_modules.nets.counting import count_ops, count_params
-
     from experiments.run import build_net
+    from lit_modules.nets.counting import count_ops, count_params
 
     try:
         net = build_net(config)

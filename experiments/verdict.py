@@ -147,18 +147,23 @@ def _word(claim: Claim, found: Evidence, p_adjusted: float | None, tested: int) 
     if n < design.seeds:
         return "inconclusive", f"only {n} of the {design.seeds} seeds that the design asks for"
     if least_p(design.test, n) * tested > design.alpha / 2:
-        return "inconclusive", f"a {design.test} test of {n} seeds cannot reach alpha {design.alpha} over {tested} claims"
+        return (
+            "inconclusive",
+            f"a {design.test} test of {n} seeds cannot reach alpha {design.alpha} over {tested} claims",
+        )
     if p_adjusted <= design.alpha / 2:
         return "reproduced", f"above the margin of {claim.margin:g}, Holm-adjusted p {_p(p_adjusted)}"
-    return "inconclusive", f"the interval does not clear the margin of {claim.margin:g}, Holm-adjusted p {_p(p_adjusted)}"
+    return (
+        "inconclusive",
+        f"the interval does not clear the margin of {claim.margin:g}, Holm-adjusted p {_p(p_adjusted)}",
+    )
 
 
 def _sentence(claim: Claim, found: Evidence, why: str) -> str:
     seeds = f"{found.estimate.n} {'paired ' if claim.design.paired else ''}seeds"
     tail = "" if found.p is None else f" ({seeds})"
     scale = "" if claim.scale == "full" else " At reduced scale."
-    finding = found.finding[0].upper() + found.finding[1:]
-    return f"{finding}{tail}; {why}.{scale}"
+    return f"{found.finding}{tail}; {why}.{scale}"
 
 
 def _p(value: float) -> str:

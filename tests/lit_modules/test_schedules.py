@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -41,7 +42,7 @@ def test_cosine_warms_up_linearly_peaks_at_one_and_ends_at_the_floor() -> None:
     assert law(10) == pytest.approx(0.1)
     assert law(11) == pytest.approx(0.1)
     later = [law(2 + 8 * i / 100) for i in range(101)]
-    assert all(a >= b for a, b in zip(later, later[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(later))
     assert not math.isnan(law(2))
 
 

@@ -1,0 +1,278 @@
+"""Figures for papers: SVG, colour-blind safe, every mean with its interval. The same inputs give the same bytes."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure as Canvas
+
+from experiments.claims import Figure, PaperSpec
+from experiments.records import Record
+from experiments.stats import t_estimate
+from experiments.verdict import VERDICTS, EstimateRow, Verdict
+
+# Okabe and Ito's colours, which people with any common colour blindness can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+VERDICT_STYLE = dict(
+    zip(VERDICTS, (("#0072B2", "o"), ("#D55E00", "s"), ("#7F7F7F", "D"), ("#BBBBBB", "x")), strict=True)
+)
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 7.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.grid": True,
+    "grid.linewidth": 0.4,
+    "grid.color": "#DDDDDD",
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4,
+    "errorbar.capsize": 2,
+    "svg.hashsalt": "fivefold",
+    "svg.fonttype": "path",
+    "figure.constrained_layout.use": True,
+}
+NOISE_TITLES = {
+    "gaussian": ("Gaussian", "standard deviation"),
+    "salt_pepper": ("salt and pepper", "share of pixels"),
+    "salt": ("salt", "share of pixels"),
+    "pepper": ("pepper", "share of pixels"),
+    "speckle": ("speckle", "standard deviation"),
+    "uniform": ("uniform", "half width"),
+}
+
+Estimates = dict[tuple[str, str, str], EstimateRow]
+
+
+def draw(
+    spec: PaperSpec,
+    figure: Figure,
+    rows: Sequence[EstimateRow],
+    verdicts: Sequence[Verdict],
+    records: Sequence[Record] = (),
+) -> str | None:
+    """Return a figure as SVG, or None where none of its numbers has been measured."""
+    kinds: dict[str, Callable[..., Canvas | None]] = {
+        "forest": _forest,
+        "noise": _noise,
+        "pareto": _pareto,
+        "difference": _difference,
+        "verdicts": _verdicts,
+    }
+    estimates = {(row.ablation, row.data, row.metric): row for row in rows}
+    with plt.rc_context(STYLE):
+        extra = records if figure.kind == "difference" else verdicts
+        canvas = kinds[figure.kind](spec, figure, estimates, extra)
+        if canvas is None:
+            return None
+        out = io.StringIO()
+        canvas.savefig(
+            out, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight", pad_inches=0.05
+        )
+        plt.close(canvas)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def _half_widths(rows: Sequence[EstimateRow]) -> list[float]:
+    return [(row.ci_high - row.mean) if row.ci_high is not None else 0.0 for row in rows]
+
+
+def _colour(names: Sequence[str], name: str) -> dict[str, Any]:
+    index = list(names).index(name) % len(COLOURS)
+    return {"color": COLOURS[index], "marker": MARKERS[index]}
+
+
+def _forest(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Canvas | None:
+    """Each net's accuracy with its interval, the baseline's as a band."""
+    rows = [r for name in figure.rows if (r := estimates.get((name, figure.data, "test/acc")))]
+    if not rows:
+        return None
+    canvas, axes = plt.subplots(figsize=(3.5, 0.55 + 0.24 * len(rows)))
+    base = estimates.get((figure.baseline or "", figure.data, "test/acc"))
+    if base is not None and base.ci_low is not None and base.ci_high is not None:
+        axes.axvspan(base.ci_low, base.ci_high, color="#0072B2", alpha=0.15, linewidth=0)
+    for at, (row, half) in enumerate(zip(rows, _half_widths(rows), strict=True)):
+        plain = row.ablation in (figure.baseline, "net0_relu", "lenet_relu")
+        axes.errorbar(row.mean, at, xerr=half, fmt="s" if plain else "o", color="#000000" if plain else "#D55E00")
+        axes.annotate(
+            f"{row.mean:.2f}", (row.mean, at), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=6.5
+        )
+    axes.set_yticks(range(len(rows)), [row.ablation for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.75)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("test accuracy (%), mean and 95% interval")
+    axes.set_title(figure.title)
+    return canvas
+
+
+def _noise(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Canvas | None:
+    """Accuracy against noise level, one panel a kind, level 0 being the clean test."""
+    levels = _noise_levels(estimates, figure.data)
+    if not levels:
+        return None
+    canvas, grid = plt.subplots(2, 3, figsize=(7.0, 4.0), sharey=True)
+    for axes, (kind, values) in zip(grid.flat, levels.items(), strict=False):
+        for name in figure.rows:
+            points = [(0.0, estimates.get((name, figure.data, "test/acc")))]
+            points += [(v, estimates.get((name, figure.data, f"noise/{kind}_{v:g}/acc"))) for v in values]
+            known = [(v, row) for v, row in points if row is not None]
+            if known:
+                at, rows = zip(*known, strict=True)
+                axes.errorbar(
+                    at, [r.mean for r in rows], yerr=_half_widths(rows), label=name, **_colour(figure.rows, name)
+                )
+        title, unit = NOISE_TITLES.get(kind, (kind.replace("_", " "), "level"))
+        axes.set_title(title)
+        axes.set_xlabel(unit)
+        axes.set_xticks([0, *values], ["0", *(f"{v:g}" for v in values)])
+        axes.set_ylim(max(0.0, axes.get_ylim()[0]), min(100.0, axes.get_ylim()[1]))
+    for axes in grid[:, 0]:
+        axes.set_ylabel("test accuracy (%)")
+    for axes in list(grid.flat)[len(levels) :]:
+        axes.set_visible(False)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    return canvas
+
+
+def _noise_levels(estimates: Estimates, data: str) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {kind: [] for kind in NOISE_TITLES}
+    for _, name, metric in estimates:
+        if name == data and metric.startswith("noise/"):
+            kind, _, level = metric.split("/")[1].rpartition("_")
+            found.setdefault(kind, []).append(float(level))
+    return {kind: sorted(set(levels)) for kind, levels in found.items() if levels}
+
+
+def _pareto(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Canvas | None:
+    """Accuracy against multiplications, and the front that no other net beats in both."""
+    points = []
+    for name in figure.rows:
+        accuracy = estimates.get((name, figure.data, "test/acc"))
+        cost = estimates.get((name, figure.data, "cost/multiplications"))
+        if accuracy is not None and cost is not None:
+            points.append((cost.mean, accuracy))
+    if not points:
+        return None
+    canvas, axes = plt.subplots(figsize=(3.5, 2.7))
+    front: list[tuple[float, float]] = []
+    for cost, row in sorted(points, key=lambda p: (p[0], -p[1].mean)):
+        if not front or row.mean > front[-1][1]:
+            front.append((cost, row.mean))
+    steps = [*front, (max(cost for cost, _ in points) * 1.25, front[-1][1])]
+    axes.step(*zip(*steps, strict=True), where="post", color="#BBBBBB", zorder=1, label="Pareto front")
+    for cost, row in points:
+        plain = row.ablation.startswith("net0")
+        axes.errorbar(
+            cost, row.mean, yerr=_half_widths([row]), fmt="s" if plain else "o", color="#000000" if plain else "#D55E00"
+        )
+    axes.set_xscale("log")
+    _label_apart(axes, [(cost, row.mean, row.ablation) for cost, row in points])
+    costs = sorted({cost for cost, _ in points})
+    axes.set_xlim(costs[0] / 1.5, costs[-1] * 2.4)
+    axes.set_xticks(costs, [f"{cost:,.0f}" for cost in costs])
+    axes.minorticks_off()
+    axes.set_xlabel("multiplications per image (log scale)")
+    axes.set_ylabel("test accuracy (%)")
+    axes.set_title(figure.title)
+    return canvas
+
+
+def _label_apart(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """Write names right of their points, pushed apart where several share a column."""
+    low, high = axes.get_ylim()
+    apart = 0.05 * (high - low)
+    for x in sorted({x for x, _, _ in points}):
+        height = -math.inf
+        for _, y, name in sorted(p for p in points if p[0] == x):
+            height = max(y, height + apart)
+            axes.annotate(
+                name, (x, y), xytext=(x * 1.09, height), va="center", fontsize=6.5,
+                arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": "#999999", "shrinkA": 0, "shrinkB": 2},
+            )  # fmt: skip
+
+
+def _difference(spec: PaperSpec, figure: Figure, estimates: Estimates, records: Sequence[Record]) -> Canvas | None:
+    """Differences to both baselines under each noise condition, seed by seed, with their paired intervals."""
+    name = figure.rows[0]
+    conditions = [("test/acc", "clean")]
+    for kind, levels in _noise_levels(estimates, figure.data).items():
+        conditions += [(f"noise/{kind}_{v:g}/acc", f"{NOISE_TITLES.get(kind, (kind, ''))[0]} {v:g}") for v in levels]
+    baselines = [
+        b for b in dict.fromkeys([figure.baseline or "", "net0_relu"]) if (b, figure.data, "test/acc") in estimates
+    ]
+    if (name, figure.data, "test/acc") not in estimates or not baselines:
+        return None
+    canvas, grid = plt.subplots(
+        1, len(baselines), figsize=(7.0, 0.6 + 0.19 * len(conditions)), sharey=True, squeeze=False
+    )
+    for axes, baseline in zip(grid.flat, baselines, strict=True):
+        for at, (metric, _) in enumerate(conditions):
+            gaps = _paired_gaps(records, name, baseline, figure.data, metric)
+            if len(gaps) < 2:
+                continue
+            e = t_estimate(gaps)
+            low, high = e.ci_low or 0.0, e.ci_high or 0.0
+            colour, marker = ("#0072B2", "^") if low > 0 else ("#D55E00", "v") if high < 0 else ("#7F7F7F", "o")
+            axes.errorbar(e.mean, at, xerr=high - e.mean, fmt=marker, color=colour)
+        axes.axvline(0, color="#000000", linewidth=0.8)
+        axes.set_title(f"{name} minus {baseline}")
+        axes.set_xlabel("points of test accuracy (▲ wins, ▼ loses)")
+        axes.grid(axis="y", visible=False)
+    grid[0, 0].set_yticks(range(len(conditions)), [label for _, label in conditions])
+    grid[0, 0].set_ylim(len(conditions) - 0.4, -0.6)
+    return canvas
+
+
+def _paired_gaps(records: Sequence[Record], a: str, b: str, data: str, metric: str) -> list[float]:
+    """a minus b for every seed that has both."""
+    values: dict[str, dict[int, float]] = {a: {}, b: {}}
+    for record in records:
+        if record.key.ablation in values and record.key.data == data and metric in record.metrics:
+            values[record.key.ablation][record.key.seed] = record.metrics[metric]
+    return [values[a][seed] - values[b][seed] for seed in sorted(values[a].keys() & values[b].keys())]
+
+
+def _verdicts(spec: PaperSpec, figure: Figure, _: Estimates, verdicts: Sequence[Verdict]) -> Canvas | None:
+    """Each tested claim's estimate, interval and margin, in points, marked by its verdict."""
+    shown = [v for v in verdicts if v.estimate is not None and v.ci is not None and v.kind != "identity"]
+    if not shown:
+        return None
+    canvas, axes = plt.subplots(figsize=(5.4, 0.75 + 0.24 * len(shown)))
+    for at, verdict in enumerate(shown):
+        colour, marker = VERDICT_STYLE.get(verdict.verdict, ("#BBBBBB", "x"))
+        low, high = verdict.ci or (0.0, 0.0)
+        middle = verdict.estimate or 0.0
+        axes.errorbar(middle, at, xerr=[[middle - low], [high - middle]], fmt=marker, color=colour)
+        axes.plot([verdict.margin, verdict.margin], [at - 0.32, at + 0.32], color="#000000", linewidth=1.2)
+    axes.axvline(0, color="#999999", linewidth=0.6)
+    axes.set_yticks(range(len(shown)), [f"{v.id}" for v in shown])
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    for at, verdict in enumerate(shown):
+        axes.annotate(
+            verdict.verdict,
+            (1.01, at),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=7,
+            annotation_clip=False,
+        )
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("estimate in points, positive as the claim says; black bar: margin to clear")
+    axes.set_title(figure.title)
+    return canvas

@@ -1,0 +1,181 @@
+"""One table model, four forms: Markdown, LaTeX, HTML and CSV. A number in it is a door: a key to the runs behind it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from html import escape
+
+from experiments.claims import Column, PaperSpec, Table
+from experiments.records import Record
+from experiments.verdict import EstimateRow
+
+MISSING = "—"
+
+
+@dataclass(frozen=True)
+class TableCell:
+    """What one cell shows, and the door behind it: "ablation|data|metric", or None where there is nothing to open."""
+
+    text: str
+    door: str | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class TableModel:
+    """A finished table: header, rows (the first cell is the ablation's name), and the lines under it."""
+
+    id: str
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[TableCell, ...], ...]
+    notes: tuple[str, ...]
+
+
+def door(row: EstimateRow) -> str:
+    """Return the key that opens an estimate's runs."""
+    return f"{row.ablation}|{row.data}|{row.metric}"
+
+
+def number(row: EstimateRow) -> str:
+    """Return an estimate as people read it: exact counts with thousands, means with the half-width of their interval."""
+    if row.sd == 0 or (row.metric.startswith("cost/") and row.mean == round(row.mean)):
+        return f"{row.mean:,.0f}" if row.mean == round(row.mean) else f"{row.mean:,.2f}"
+    if row.ci_high is None:
+        return f"{row.mean:.2f} (one run)"
+    return f"{row.mean:.2f} ± {row.ci_high - row.mean:.2f}"
+
+
+def build(
+    spec: PaperSpec, table: Table, estimates: Sequence[EstimateRow], records: Sequence[Record], notes: Sequence[str]
+) -> TableModel:
+    """Fill a table from estimates. A value that is not there shows a dash and why, never a number."""
+    found = {(e.ablation, e.data, e.metric): e for e in estimates}
+    states: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        states.setdefault((record.key.ablation, record.key.data), []).append(record.state)
+    rows = []
+    for name in table.rows:
+        cells = [TableCell(name)]
+        for column in table.columns:
+            cells.append(_cell(found.get((name, column.data, column.metric)), states.get((name, column.data), [])))
+        rows.append(tuple(cells))
+    header = ("net", *(_heading(spec, column, table.columns) for column in table.columns))
+    under = [f"Source: {table.source}.", table.note, _seeds_note(table, found), *notes]
+    return TableModel(table.id, table.title, header, tuple(rows), tuple(line for line in under if line))
+
+
+def _cell(estimate: EstimateRow | None, states: list[str]) -> TableCell:
+    if estimate is not None and (not states or all(state == "done" for state in states)):
+        return TableCell(number(estimate), door(estimate))
+    for state in ("failed", "running", "stale", "not run"):
+        if state in states:
+            return TableCell(state, None, f"{states.count(state)} of {len(states)} seeds: {state}")
+    return TableCell(MISSING, None, "not measured" if states else "not run under this profile")
+
+
+def _heading(spec: PaperSpec, column: Column, columns: Sequence[Column]) -> str:
+    metric = spec.metric(column.metric)
+    several = len({c.data for c in columns}) > 1
+    unit = "%" if metric.unit == "points" else ""
+    name = metric.label + (f", {column.data}" if several else "")
+    return f"{name} ({unit})" if unit else name
+
+
+def _seeds_note(table: Table, found: dict[tuple[str, str, str], EstimateRow]) -> str:
+    counts = {
+        found[key].n for key in ((r, c.data, c.metric) for r in table.rows for c in table.columns) if key in found
+    }
+    if not counts:
+        return ""
+    n = str(counts.pop()) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    return f"Mean ± half the 95% Student interval over {n} seeds; a number without ± is exact."
+
+
+def markdown(model: TableModel) -> str:
+    """Return an aligned Markdown table with its notes."""
+    lines = [list(model.header), *[[cell.text for cell in row] for row in model.rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(model.header))]
+    text = [f"# {model.title}", ""]
+    for index, line in enumerate(lines):
+        padded = [
+            line[0].ljust(widths[0]),
+            *(value.rjust(width) for value, width in zip(line[1:], widths[1:], strict=True)),
+        ]
+        text.append("| " + " | ".join(padded) + " |")
+        if index == 0:
+            text.append("|" + "-" * (widths[0] + 2) + "|" + "|".join("-" * (w + 1) + ":" for w in widths[1:]) + "|")
+    return "\n".join([*text, "", *(f"{note}  " for note in model.notes)]).rstrip() + "\n"
+
+
+TEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "±": r"$\pm$", "—": "---"}
+TEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "<": r"$<$", ">": r"$>$"}
+
+
+def tex(text: str) -> str:
+    """Return text with LaTeX's special characters escaped."""
+    return "".join(TEX.get(character, character) for character in text)
+
+
+def latex(model: TableModel) -> str:
+    """Return a booktabs table."""
+    columns = "l" + "r" * (len(model.header) - 1)
+    body = [" & ".join(tex(cell.text) for cell in row) + r" \\" for row in model.rows]
+    return "\n".join(
+        [
+            r"\begin{table}",
+            rf"  \caption{{{tex(model.title)}. {' '.join(tex(note) for note in model.notes)}}}",
+            rf"  \label{{tab:{model.id}}}",
+            rf"  \begin{{tabular}}{{{columns}}}",
+            r"    \toprule",
+            "    " + " & ".join(tex(name) for name in model.header) + r" \\",
+            r"    \midrule",
+            *(f"    {line}" for line in body),
+            r"    \bottomrule",
+            r"  \end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def html(model: TableModel) -> str:
+    """Return the table as HTML in which every number is a button that names its door."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in model.header)
+    rows = []
+    for first, *rest in model.rows:
+        cells = "".join(f"<td>{_html_cell(cell)}</td>" for cell in rest)
+        rows.append(f'<tr><th scope="row">{escape(first.text)}</th>{cells}</tr>')
+    notes = "".join(f"<p>{escape(note)}</p>" for note in model.notes)
+    return (
+        f'<figure class="table" id="table-{model.id}"><figcaption>{escape(model.title)}</figcaption>'
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f'<div class="notes">{notes}</div></figure>'
+    )
+
+
+def _html_cell(cell: TableCell) -> str:
+    if cell.door is None:
+        return f'<span title="{escape(cell.reason)}">{escape(cell.text)}</span>'
+    return f'<button class="door" data-door="{escape(cell.door)}">{escape(cell.text)}</button>'
+
+
+def estimates_csv(rows: Sequence[EstimateRow]) -> str:
+    """Return estimates.csv: one row per ablation, data set and metric; a missing value is empty."""
+    names = ["paper", "ablation", "data", "metric", "unit", "n", "mean", "sd", "ci_low", "ci_high", "profile", "runs"]
+    assert names == [f.name for f in fields(EstimateRow)]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    for row in rows:
+        writer.writerow([_plain(getattr(row, name)) for name in names])
+    return text.getvalue()
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.10g}" if isinstance(value, float) else str(value)

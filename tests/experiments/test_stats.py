@@ -1,0 +1,120 @@
+"""Intervals and tests against scipy, exact enumeration and simulation; degenerate samples are decided, never NaN."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from experiments import stats
+
+RNG = np.random.default_rng(12345)
+
+
+def test_t_estimate_and_test_are_scipys() -> None:
+    values = RNG.normal(1.0, 2.0, 6)
+    estimate = stats.t_estimate(values)
+    low, high = scipy_stats.t.interval(0.95, 5, values.mean(), scipy_stats.sem(values))
+    assert (estimate.ci_low, estimate.ci_high) == pytest.approx((low, high))
+    expected = scipy_stats.ttest_1samp(values, 0.5, alternative="greater").pvalue
+    assert stats.t_test(values, 0.5) == pytest.approx(expected)
+
+
+def test_welch_is_scipys() -> None:
+    a, b = RNG.normal(1.0, 2.0, 6), RNG.normal(0.0, 1.0, 5)
+    expected = scipy_stats.ttest_ind(a, b, equal_var=False, alternative="greater")
+    estimate, p = stats.welch(a, b)
+    assert p == pytest.approx(expected.pvalue)
+    interval = scipy_stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    assert (estimate.ci_low, estimate.ci_high) == pytest.approx((interval.low, interval.high))
+
+
+def test_sign_flip_is_exact_and_cannot_go_below_its_floor() -> None:
+    assert stats.sign_flip([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == 1 / 64
+    assert stats.sign_flip([1.0] * 3) == 1 / 8 == stats.least_p("sign_flip", 3)
+    assert stats.sign_flip([-1.0, -2.0]) == 1.0
+    values = RNG.normal(0.3, 1, 7)
+    by_hand = np.mean([np.dot(s, values) >= values.sum() - 1e-12 for s in itertools.product((1, -1), repeat=7)])
+    assert stats.sign_flip(values) == pytest.approx(by_hand)
+
+
+def test_permutation_of_four_against_four_has_the_known_floor() -> None:
+    assert stats.permutation([5, 6, 7, 8], [1, 2, 3, 4]) == pytest.approx(1 / 70)
+    assert stats.permutation([1, 2], [1, 2]) == pytest.approx(5 / 6)  # only the split 1, 1 sums lower
+
+
+def test_without_spread_the_mean_itself_decides() -> None:
+    assert stats.t_test([0.5] * 6, 0.4) == 0.0
+    assert stats.t_test([0.5] * 6, 0.5) == 1.0
+    assert stats.t_test([0.0] * 6) == 1.0
+    assert stats.t_estimate([2.0, 2.0]).ci_high == 2.0
+    assert stats.welch([1.0, 1.0], [0.0, 0.0])[1] == 0.0
+
+
+def test_one_value_has_no_interval() -> None:
+    assert stats.t_estimate([3.0]) == stats.Estimate(3.0, None, 1, None, None)
+
+
+@pytest.mark.parametrize("values", [[], [1.0, math.nan], [1.0, math.inf]])
+def test_missing_values_are_refused_not_averaged(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="needed|finite"):
+        stats.t_estimate(values)
+
+
+def test_holm_against_a_worked_example() -> None:
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([]) == []
+    assert stats.holm([0.9, 0.8]) == pytest.approx([1.0, 1.0])
+
+
+def test_equivalence_needs_both_sides() -> None:
+    near, far = [0.01, -0.02, 0.0, 0.02, -0.01, 0.01], [0.5, 0.52, 0.48, 0.5, 0.51, 0.49]
+    assert stats.equivalence(near, 0.1) < 1e-4
+    assert stats.equivalence(far, 0.1) > 0.99
+    with pytest.raises(ValueError, match="above 0"):
+        stats.equivalence(near, 0)
+
+
+def test_slopes_of_a_line_are_its_slope() -> None:
+    assert stats.slopes([[0, 2, 4], [1, 2, 3]], [0, 1, 2]) == pytest.approx([2, 1])
+
+
+def test_prediction_interval_holds_a_new_value_as_often_as_it_says() -> None:
+    samples = np.random.default_rng(7).normal(size=(4000, 7))
+    inside = 0
+    for row in samples:
+        low, high = stats.prediction_interval(row[:6])
+        inside += low <= row[6] <= high
+    assert abs(inside / 4000 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 4000)
+
+
+def test_t_interval_covers_at_n_six() -> None:
+    samples = np.random.default_rng(8).normal(size=(4000, 6))
+    covered = sum(bool(e.ci_low <= 0 <= e.ci_high) for e in map(stats.t_estimate, samples))
+    assert abs(covered / 4000 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 4000)
+
+
+def test_bootstrap_t_covers_a_skewed_mean_better_than_percentiles_would() -> None:
+    rng = np.random.default_rng(9)
+    samples = rng.exponential(size=(400, 8))
+    covered = sum(
+        bool(e.ci_low <= 1 <= e.ci_high) for e in (stats.studentised_bootstrap(s, draws=500, seed=1) for s in samples)
+    )
+    percentile = 0
+    for sample in samples:
+        means = sample[rng.integers(0, 8, (500, 8))].mean(axis=1)
+        low, high = np.quantile(means, [0.025, 0.975])
+        percentile += low <= 1 <= high
+    assert covered > percentile
+    assert covered / 400 > 0.90
+
+
+def test_cluster_bootstrap_is_wider_when_seeds_differ() -> None:
+    rng = np.random.default_rng(3)
+    alike = [rng.normal(0, 1, 50) for _ in range(6)]
+    apart = [rng.normal(mean, 1, 50) for mean in (-2, -1, 0, 0, 1, 2)]
+    widths = [e.ci_high - e.ci_low for e in (stats.cluster_bootstrap(g, draws=400) for g in (alike, apart))]
+    assert widths[1] > 2 * widths[0]

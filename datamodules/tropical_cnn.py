@@ -48,7 +48,7 @@ class ImageClassificationData(LightningDataModule):
                 raise ValueError(f"{argument} must be at least 1, got {value}")
         if test_images is not None and test_images < 1:
             raise ValueError(f"test_images must be at least 1, got {test_images}")
-        self.name, self.batch_size, self.seed, self.eval_batch_size = name, batch_size, seed, eval_batch_size
+        self.dataset_name, self.batch_size, self.seed, self.eval_batch_size = name, batch_size, seed, eval_batch_size
         self.val_images, self.train_images, self.test_images = val_images, train_images, test_images
         self.root, self.num_workers = Path(root) if root else None, num_workers
         self.card: DataCard | None = None
@@ -57,7 +57,7 @@ class ImageClassificationData(LightningDataModule):
         """Load the arrays once; stages share them."""
         if self.card is not None:
             return
-        arrays = load_images(self.name, self.root)
+        arrays = load_images(self.dataset_name, self.root)
         train, val = split_indices(len(arrays.train_labels), self.val_images, self.train_images)
         self.train_set = Images(arrays.train_images[train], arrays.train_labels[train])
         self.val_set = Images(arrays.train_images[val], arrays.train_labels[val])

@@ -147,8 +147,13 @@ def bench() -> None:
 @app.command()
 def sweep(paper: Paper, profile: Profile = "small", seeds: Seeds = None, jobs: Jobs = None) -> None:
     """Optuna sweep over a paper's search space."""
+    from experiments.errors import UserError
+
     for spec in _specs(paper):
-        raise typer.BadParameter(f"paper {spec.number} ({spec.key}) has no search space under sweeps/spaces/ yet")
+        raise UserError(
+            f"paper {spec.number} ({spec.key}) has no Optuna search space yet; "
+            f"its learning-rate grids run by `python -m sweeps.grid {spec.key} NAME`, see sweeps/spaces/{spec.key}/"
+        )
 
 
 def main() -> None:

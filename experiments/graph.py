@@ -119,7 +119,7 @@ class _Pricer:
     _nets: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
 
     # Rough single-core model for a machine that has not run the cell yet; measured on an AMD EPYC core.
-    FIXED_S, PER_STEP_S, PER_OPERATION_S = 4.0, 3.0e-3, 1.2e-9
+    FIXED_S, PER_STEP_S, PER_OPERATION_S = 3.0, 1.7e-3, 6.0e-11
 
     def price(self, node: Node) -> Node:
         config, key = node.cell.config, node.cell.key

@@ -14,13 +14,13 @@ import time
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import yaml
 from hydra.utils import instantiate
-from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 
@@ -28,6 +28,8 @@ from experiments import provenance, tracking
 from experiments.cell import Cell, flatten
 from experiments.records import Record
 from experiments.store import cell_lock, read_json, read_run, sync_folder, write_atomically, write_json
+
+PaperData: TypeAlias = Any  # a LightningDataModule with card, train_size, in_channels and image_size
 
 
 def run_cell(
@@ -94,7 +96,7 @@ def _execute(cell: Cell, folder: Path, store: tracking.Store | None, parent: tup
     _quiet()
     started = time.monotonic()
     config = cell.config
-    data: LightningDataModule = instantiate(config["datamodule"])
+    data: PaperData = instantiate(config["datamodule"])
     data.setup("fit")
     manifest = provenance.manifest() | _identity(cell) | {"data_cards": [data.card.to_dict()]}
     earlier = read_json(folder / "manifest.json")
@@ -118,7 +120,7 @@ def _execute(cell: Cell, folder: Path, store: tracking.Store | None, parent: tup
         _fit_and_test(cell, folder, data, child.logger, started)
 
 
-def _fit_and_test(cell: Cell, folder: Path, data: LightningDataModule, logger: Any, started: float) -> None:
+def _fit_and_test(cell: Cell, folder: Path, data: PaperData, logger: Any, started: float) -> None:
     config = cell.config
     net = build_net(config)
     cost = _cost(net, data)
@@ -130,7 +132,7 @@ def _fit_and_test(cell: Cell, folder: Path, data: LightningDataModule, logger: A
         schedule=instantiate(config["optim"]["schedule"]) if config["optim"]["schedule"] else None,
         steps_per_epoch=steps,
     )
-    history, (best, latest) = History(), _checkpoints(folder)
+    history, (best, latest) = History(), _checkpoints(folder, config["selection"])
     callbacks = [EpochRandomness(config["seed"]), history, Progress(folder / "progress.json"), best, latest]
     trainer = _trainer(config, folder, callbacks, logger)
     last = folder / "last.ckpt"
@@ -138,10 +140,10 @@ def _fit_and_test(cell: Cell, folder: Path, data: LightningDataModule, logger: A
     if trainer.interrupted:
         raise KeyboardInterrupt("the run was interrupted; the same command goes on from the last whole epoch")
     metrics = dict(history.metrics)
-    metrics["val/acc"] = float(best.best_model_score)
+    metrics[config["selection"]["monitor"]] = float(best.best_model_score)  # type: ignore[arg-type]
     metrics["train/images"] = float(data.train_size * config["budget"]["max_epochs"])
     tested = trainer.test(module, datamodule=data, ckpt_path=folder / "best.ckpt", verbose=False, weights_only=False)
-    metrics |= tested[0] | cost | {"train/seconds": round(time.monotonic() - started, 3)}
+    metrics |= dict(tested[0]) | cost | {"train/seconds": round(time.monotonic() - started, 3)}
     if logger is not None:
         logger.log_metrics({name: metrics[name] for name in metrics if name not in tested[0]})
     write_json(folder / "metrics.json", metrics)
@@ -156,7 +158,7 @@ def _fit_and_test(cell: Cell, folder: Path, data: LightningDataModule, logger: A
     )
 
 
-def _cost(net: torch.nn.Module, data: LightningDataModule) -> dict[str, float]:
+def _cost(net: torch.nn.Module, data: PaperData) -> dict[str, float]:
     from lit_modules.nets.counting import count_ops, count_params
 
     ops = count_ops(net, (data.in_channels, data.image_size, data.image_size))
@@ -169,12 +171,12 @@ def _cost(net: torch.nn.Module, data: LightningDataModule) -> dict[str, float]:
     }
 
 
-def _checkpoints(folder: Path) -> tuple[ModelCheckpoint, ModelCheckpoint]:
-    """The best epoch on validation, and the last one. Two, because one callback that keeps the best writes its `last`
+def _checkpoints(folder: Path, selection: dict[str, Any]) -> tuple[ModelCheckpoint, ModelCheckpoint]:
+    """The best epoch by a validation metric, and the last one. Two, because one callback that keeps the best writes its `last`
     only when the best improves; and in this order, so that the last holds what the best has come to.
     """
     same: dict[str, Any] = {"dirpath": folder, "save_on_train_epoch_end": True, "enable_version_counter": False}
-    best = ModelCheckpoint(filename="best", monitor="val/acc", mode="max", auto_insert_metric_name=False, **same)
+    best = ModelCheckpoint(filename="best", auto_insert_metric_name=False, **selection, **same)
     return best, ModelCheckpoint(filename="last", every_n_epochs=1, **same)
 
 

@@ -63,6 +63,13 @@ class Optim(Strict):
     schedule: Target | None = None
 
 
+class Selection(Strict):
+    """Which epoch's weights are tested: the best by a validation metric."""
+
+    monitor: Annotated[str, Field(pattern=r"^val/")]
+    mode: Literal["max", "min"]
+
+
 class Trainer(Strict):
     accelerator: Literal["cpu", "gpu", "auto"]
     devices: int | str
@@ -103,6 +110,7 @@ class CellConfig(Strict):
     datamodule: Target
     optim: Optim
     budget: Budget
+    selection: Selection
     profile: Profile = EXECUTION_ONLY
     trainer: Trainer = EXECUTION_ONLY
     tracking: Tracking = EXECUTION_ONLY

@@ -5,7 +5,7 @@ Shape legend: B batch, C channels, H height, W width, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -113,7 +113,7 @@ class TropicalClassifier(LightningModule):
         losses = self.step(batch)
         self._score(self.test_scores, losses, batch)
         self.test_loss.update(losses.loss, weight=len(y_B))
-        for (kind, level), score in zip(self.suite, self.noise_scores, strict=True):
+        for kind, level, score in self._conditions():
             generator = noise_generator(self.hparams["noise_seed"], kind, level, batch_idx)
             noisy_BCHW = add_noise(x_BCHW.cpu(), kind, level, generator).to(x_BCHW)
             score.update(self(noisy_BCHW), y_B)
@@ -121,7 +121,7 @@ class TropicalClassifier(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_percent(self.test_scores)
         self.log("test/loss", self.test_loss.compute())
-        for (kind, level), score in zip(self.suite, self.noise_scores, strict=True):
+        for kind, level, score in self._conditions():
             self.log(f"noise/{condition_name(kind, level)}/acc", 100 * score.compute()["acc"])
             score.reset()
         self.test_loss.reset()
@@ -140,6 +140,10 @@ class TropicalClassifier(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.published_best = checkpoint["published_best"]
+
+    def _conditions(self) -> Iterator[tuple[str, float, Any]]:
+        for (kind, level), score in zip(self.suite, self.noise_scores, strict=True):
+            yield kind, level, score
 
     @staticmethod
     def _score(scores: MetricCollection, losses: Losses, batch: tuple[Tensor, Tensor]) -> None:

@@ -1,9 +1,15 @@
-"""A grid over one setting, the same for every net, decided on validation: how the tuned recipes were tuned."""
+"""A grid over one setting, the same for every net, decided on validation: how the tuned recipes were tuned.
+
+    python -m sweeps.grid tropical_cnn learning_rate_mnist
+
+writes every trial to results/tropical_cnn/tuning_learning_rate_mnist.csv and prints the chosen values.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +79,8 @@ class Trial:
     score: float | None
 
 
-def run_grid(grid: Grid, runs: Path, results: Path, console: Console, jobs: int | None = None) -> dict[str, float]:
-    """Run what is missing of the grid, write `tuning.csv`, and return the chosen value of each ablation.
+def run_grid(grid: Grid, runs: Path, table_file: Path, console: Console, jobs: int | None = None) -> dict[str, float]:
+    """Run what is missing of the grid, write its trials as CSV, and return the chosen value of each ablation.
 
     A trial that failed (a diverging rate, say) has no score and cannot be chosen.
     """
@@ -90,7 +96,7 @@ def run_grid(grid: Grid, runs: Path, results: Path, console: Console, jobs: int 
     for (ablation, value, seed), cell in cells.items():
         record = read_run(runs / cell.signature)
         done.append(Trial(ablation, value, seed, record.metrics.get(grid.metric)))
-    write_atomically(results / "tuning.csv", table(grid, done))
+    write_atomically(table_file, table(grid, done))
     return choose(grid, done)
 
 
@@ -119,3 +125,18 @@ def table(grid: Grid, trials: list[Trial]) -> str:
         mark = "yes" if chosen[t.ablation] == t.value else ""
         writer.writerow([grid.paper, grid.data, grid.profile, t.ablation, t.value, t.seed, score, mark])
     return text.getvalue()
+
+
+def main(paper: str, space: str) -> None:
+    """Run a space of sweeps/spaces/<paper>/ and print what was chosen."""
+    from experiments.reproduce import Places
+
+    console, places = Console(), Places.default()
+    grid = Grid.load(paper, space)
+    chosen = run_grid(grid, places.runs, places.results / paper / f"tuning_{space}.csv", console)
+    for ablation, value in chosen.items():
+        console.print(f"{ablation}: {grid.path} = {value:g}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -53,7 +53,9 @@ def test_the_cli_starts_without_the_heavy_libraries() -> None:
     import subprocess
     import sys
 
-    code = "import sys, experiments.cli; print([m for m in ('torch', 'lightning', 'mlflow', 'scipy') if m in sys.modules])"
+    code = (
+        "import sys, experiments.cli; print([m for m in ('torch', 'lightning', 'mlflow', 'scipy') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -314,10 +314,10 @@ def make_layer(kind: str, *sizes: Any, conv_bias: bool = True, **options: Any) -
         ValueError: an unknown kind, with the nearest one.
     """
     if kind == "Conv2d":
-        geometry = {
+        geometry: dict[str, Any] = {
             k: v for k, v in options.items() if k in ("stride", "padding", "dilation", "groups", "device", "dtype")
         }
-        return nn.Conv2d(*sizes, bias=conv_bias, **geometry)
+        return nn.Conv2d(*sizes, **geometry, bias=conv_bias)  # type: ignore[misc]
     if kind not in LAYER_KINDS:
         known = ["Conv2d", *LAYER_KINDS]
         near = difflib.get_close_matches(kind, known, n=1, cutoff=0.3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -46,9 +47,9 @@ class TwoLayerTropicalCNN(nn.Module):
         num_classes: int = 10,
     ) -> None:
         super().__init__()
-        options = {"bias": bias, "init": init, "padding_value": padding_value, "ties": ties}
+        options: dict[str, Any] = {"bias": bias, "init": init, "padding_value": padding_value, "ties": ties}
         first, second = (partial(make_layer, kind, **options) for kind in (layer1, layer2))
-        shape = {"in_channels": in_channels, "image_size": image_size, "num_classes": num_classes}
+        shape: dict[str, Any] = {"in_channels": in_channels, "image_size": image_size, "num_classes": num_classes}
         self.body = two_layer_net(first, second, width=width, batch_norm=batch_norm, **shape)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -78,9 +79,9 @@ class TropicalLeNet5(nn.Module):
         num_classes: int = 10,
     ) -> None:
         super().__init__()
-        options = {"bias": bias, "init": init, "padding_value": padding_value, "ties": ties}
+        options: dict[str, Any] = {"bias": bias, "init": init, "padding_value": padding_value, "ties": ties}
         first, second = (partial(make_layer, kind, **options) for kind in (layer1, layer2))
-        shape = {"in_channels": in_channels, "image_size": image_size, "num_classes": num_classes}
+        shape: dict[str, Any] = {"in_channels": in_channels, "image_size": image_size, "num_classes": num_classes}
         self.body = lenet5(first, second, conv_act="none", head_act="relu", **shape)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

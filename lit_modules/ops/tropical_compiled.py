@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_modules.ops import _tropical_numba as kernels
+from lit_modules.ops import _tropical_numba
 from lit_modules.ops.geometry import Geometry
 
+kernels: Any = _tropical_numba  # numba's dispatchers have no static signature
 CODE = {"sum": kernels.SUM, "min": kernels.MIN, "max": kernels.MAX}
 DUAL = {"sum": "sum", "min": "max", "max": "min"}
 
@@ -67,15 +68,18 @@ class _Conv2d(torch.autograd.Function):
 
 
 def _batch_last(x: Tensor, sign: int) -> Tensor:
-    """Return sign * x as a new contiguous (everything else, B)."""
-    turned = x.detach().reshape(x.shape[0], -1).t().contiguous()
-    return turned if sign > 0 else turned.neg_()
+    """Return sign * x as a contiguous (everything else, B); a copy wherever it is written to."""
+    return _signed(x.detach().reshape(x.shape[0], -1).t(), sign)
 
 
 def _batch_first(y: Tensor, sign: int) -> Tensor:
-    """Return sign * y, given as (..., B), as a new contiguous (B, everything else)."""
-    turned = y.view(-1, y.shape[-1]).t().contiguous()
-    return turned if sign > 0 else turned.neg_()
+    """Return sign * y, given as (..., B), as a contiguous (B, everything else)."""
+    return _signed(y.view(-1, y.shape[-1]).t(), sign)
+
+
+def _signed(turned: Tensor, sign: int) -> Tensor:
+    # A transposed single row is contiguous as it is, so contiguous() alone would hand out the caller's own memory.
+    return turned.contiguous() if sign > 0 else turned.clone(memory_format=torch.contiguous_format).neg_()
 
 
 def _operands(x: Tensor, w: Tensor, mix: Tensor, sign: int, geometry: Geometry) -> tuple[np.ndarray, ...]:

@@ -33,7 +33,7 @@ def _records(tmp_path: Path):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(f"net: {name}\nseed: {seed}\ndatamodule: {{seed: {seed}}}\n")
             values = {"test/acc": base + 0.1 * seed, "cost/params": 2150.0, "cost/multiplications": 100.0 * base}
-            values |= {c: base - 10 - seed for c in CONDITIONS}
+            values |= dict.fromkeys(CONDITIONS, base - 10 - seed)
             found.append(record(name, seed, values, path=folder))
     found.append(record("c", 0, {}, state="failed", error="E"))
     return found
@@ -42,7 +42,12 @@ def _records(tmp_path: Path):
 @pytest.fixture
 def made(tmp_path: Path):
     found = _records(tmp_path)
-    spec = paper(claim("c1"), claim("c2", operands=(operand("a"), operand("c"))), tables=(table("a", "b", "c", "d"),), figures=FIGURES)
+    spec = paper(
+        claim("c1"),
+        claim("c2", operands=(operand("a"), operand("c"))),
+        tables=(table("a", "b", "c", "d"),),
+        figures=FIGURES,
+    )
     verdicts = judge(spec, found, "small")
     report.write_paper(spec, found, verdicts, tmp_path / "results" / "toy")
     report.write_html([(spec, found, verdicts)], tmp_path / "results" / "report.html")
@@ -66,7 +71,20 @@ def test_estimates_csv_has_the_agreed_columns_and_round_trips(made) -> None:
     spec, found, _, results = made
     with open(results / "toy" / "estimates.csv") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == "paper,ablation,data,metric,unit,n,mean,sd,ci_low,ci_high,profile,runs".split(",")
+    assert list(rows[0]) == [
+        "paper",
+        "ablation",
+        "data",
+        "metric",
+        "unit",
+        "n",
+        "mean",
+        "sd",
+        "ci_low",
+        "ci_high",
+        "profile",
+        "runs",
+    ]
     expected = estimates(spec, found)
     assert [float(r["mean"]) for r in rows] == pytest.approx([e.mean for e in expected])
     assert all(len(r["runs"].split()) == int(r["n"]) for r in rows)

@@ -60,7 +60,7 @@ def test_one_value_has_no_interval() -> None:
 
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [1.0, math.inf]])
 def test_missing_values_are_refused_not_averaged(values: list[float]) -> None:
-    with pytest.raises(ValueError, match="needed|finite"):
+    with pytest.raises(ValueError, match=r"needed|finite"):
         stats.t_estimate(values)
 
 

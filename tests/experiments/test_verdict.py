@@ -119,9 +119,7 @@ def test_a_missing_metric_is_not_assessable() -> None:
 
 
 def test_identity_is_exact_and_refuses_what_varies() -> None:
-    spec = claim(
-        kind="identity", operands=(operand("a", "cost/multiplications"), operand("b", "cost/multiplications"))
-    )
+    spec = claim(kind="identity", operands=(operand("a", "cost/multiplications"), operand("b", "cost/multiplications")))
     fewer = records({"a": [10.0] * 2, "b": [40.0] * 2}, metric="cost/multiplications")
     assert _one(fewer, spec).verdict == "reproduced"
     assert _one(fewer, spec).estimate == 0.25
@@ -154,7 +152,11 @@ def test_mixed_ordering_needs_a_win_on_each_side() -> None:
     def found(effects: list[float]) -> list[Record]:
         rng = np.random.default_rng(0)
         return [
-            record(side, seed, {m: (e if side == "a" else 0.0) + rng.normal(0, 0.1) for m, e in zip(names, effects, strict=True)})
+            record(
+                side,
+                seed,
+                {m: (e if side == "a" else 0.0) + rng.normal(0, 0.1) for m, e in zip(names, effects, strict=True)},
+            )
             for side in ("a", "b")
             for seed in range(6)
         ]
@@ -207,7 +209,10 @@ def test_false_reproduced_stays_below_alpha_for_one_claim(law: str) -> None:
     """True difference exactly at the margin: at most alpha / 2 of the verdicts may be "reproduced"."""
     rng = np.random.default_rng(2)
     draws = {"normal": rng.normal, "uniform": rng.uniform, "exponential": rng.exponential}[law](size=(1500, 2, 6))
-    wrong = sum(_one(records({"a": (1 + x[0]).tolist(), "b": x[1].tolist()}), claim(margin=1.0)).verdict == "reproduced" for x in draws)
+    wrong = sum(
+        _one(records({"a": (1 + x[0]).tolist(), "b": x[1].tolist()}), claim(margin=1.0)).verdict == "reproduced"
+        for x in draws
+    )
     assert wrong / 1500 <= 0.025 + 4 * math.sqrt(0.025 * 0.975 / 1500)
 
 
@@ -243,7 +248,8 @@ def test_false_mixed_ordering_stays_below_alpha() -> None:
 def test_a_large_true_effect_is_found() -> None:
     rng = np.random.default_rng(5)
     found = sum(
-        _one(records({"a": (3 + rng.normal(size=6)).tolist(), "b": rng.normal(size=6).tolist()})).verdict == "reproduced"
+        _one(records({"a": (3 + rng.normal(size=6)).tolist(), "b": rng.normal(size=6).tolist()})).verdict
+        == "reproduced"
         for _ in range(300)
     )
     assert found / 300 > 0.9

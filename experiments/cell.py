@@ -107,8 +107,9 @@ def resolve(key: CellKey, conf: Path = CONF) -> Cell:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{origin}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, dict)
-    validate(config, origin)
-    return Cell(key, {str(name): value for name, value in config.items()})
+    named = {str(name): value for name, value in config.items()}
+    validate(named, origin)
+    return Cell(key, named)
 
 
 @cache

@@ -258,7 +258,8 @@ def _check(spec: PaperSpec) -> None:
     for table in spec.tables:
         for column in table.columns:
             spec.metric(column.metric)
-    for item in (*spec.claims, *spec.tables, *spec.figures):
+    everything: list[Any] = [*spec.claims, *spec.tables, *spec.figures]
+    for item in everything:
         for profile in item.profiles:
             if profile not in PROFILES:
                 raise ClaimError(f"{item.id}: unknown profile '{profile}'{nearest(profile, PROFILES)}")

@@ -188,7 +188,7 @@ def _specs(paper: str) -> list:
     return [load_paper(paper)]
 
 
-def _selection(profile, seeds, seed, only, data):  # type: ignore[no-untyped-def]
+def _selection(profile, seeds, seed, only, data):
     from experiments.errors import UserError
     from experiments.graph import Selection
     from experiments.schema import nearest
@@ -198,7 +198,7 @@ def _selection(profile, seeds, seed, only, data):  # type: ignore[no-untyped-def
     return Selection(profile, seeds, tuple(seed or ()), tuple(only or ()), tuple(data or ()))
 
 
-def _places(profile: str):  # type: ignore[no-untyped-def]
+def _places(profile: str):
     from experiments.reproduce import Places
 
     return Places.default(profile)

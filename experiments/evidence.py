@@ -181,15 +181,15 @@ def _mixed(claim: Claim, runs: Runs) -> Evidence:
         wins = sum(min(1.0, r[2] * len(pairs)) <= claim.design.alpha / 2 for r in results)
         nowhere = all(_against(r[1], claim.margin) for r in results)
         sides.append((min(1.0, best[2] * len(pairs)), best, wins, nowhere))
-    p, (_, estimate, _), _, _ = max(sides, key=lambda side: side[0])
+    p, (_, estimate, _), _, _ = max(sides, key=lambda side: side[0])  # the weaker side decides
     names = [side[1][0].label for side in sides]
-    best = "; ".join(
+    heights = "; ".join(
         f"{name} is ahead under {s[1][0].metric.split('/')[1].replace('_', ' ')} ({s[1][1].mean:+.2f})"
         for name, s in zip(names, sides, strict=True)
     )
     finding = (
         f"of {len(pairs)} conditions {names[0]} clearly wins {sides[0][2]} and {names[1]} {sides[1][2]} by more than "
-        f"{claim.margin:g}; at best {best}"
+        f"{claim.margin:g}; at best {heights}"
     )
     return Evidence(estimate, p, any(side[3] for side in sides), True, finding)
 

@@ -24,7 +24,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 VERDICT_STYLE = dict(
     zip(VERDICTS, (("#0072B2", "o"), ("#D55E00", "s"), ("#7F7F7F", "D"), ("#BBBBBB", "x")), strict=True)
 )
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
     "axes.titlesize": 9,
@@ -171,19 +171,19 @@ def _pareto(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Ca
         return None
     canvas, axes = plt.subplots(figsize=(3.5, 2.7))
     front: list[tuple[float, float]] = []
-    for cost, row in sorted(points, key=lambda p: (p[0], -p[1].mean)):
+    for x, row in sorted(points, key=lambda p: (p[0], -p[1].mean)):
         if not front or row.mean > front[-1][1]:
-            front.append((cost, row.mean))
-    steps = [*front, (max(cost for cost, _ in points) * 1.25, front[-1][1])]
+            front.append((x, row.mean))
+    steps = [*front, (max(x for x, _ in points) * 1.25, front[-1][1])]
     axes.step(*zip(*steps, strict=True), where="post", color="#BBBBBB", zorder=1, label="Pareto front")
-    for cost, row in points:
+    for x, row in points:
         plain = row.ablation.startswith("net0")
         axes.errorbar(
-            cost, row.mean, yerr=_half_widths([row]), fmt="s" if plain else "o", color="#000000" if plain else "#D55E00"
+            x, row.mean, yerr=_half_widths([row]), fmt="s" if plain else "o", color="#000000" if plain else "#D55E00"
         )
     axes.set_xscale("log")
-    _label_apart(axes, [(cost, row.mean, row.ablation) for cost, row in points])
-    costs = sorted({cost for cost, _ in points})
+    _label_apart(axes, [(x, row.mean, row.ablation) for x, row in points])
+    costs = sorted({x for x, _ in points})
     axes.set_xlim(costs[0] / 1.5, costs[-1] * 2.4)
     axes.set_xticks(costs, [f"{cost:,.0f}" for cost in costs])
     axes.minorticks_off()

@@ -96,7 +96,7 @@ def data_cards(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def _data_notes(records: Sequence[Record], names: set[str]) -> list[str]:
     """A line on each data set that a table shows: what it is, and whether it is real."""
-    cards = {}
+    cards: dict[str, dict[str, Any]] = {}
     for record in records:
         if record.key.data in names:
             cards |= {c["name"]: c for c in record.manifest.get("data_cards", [])}

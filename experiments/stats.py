@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+Values = Sequence[float] | np.ndarray
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -26,7 +28,7 @@ class Estimate:
     ci_high: float | None
 
 
-def _sample(values: Sequence[float], least: int = 1) -> np.ndarray:
+def _sample(values: Values, least: int = 1) -> np.ndarray:
     sample = np.asarray(values, dtype=float)
     if sample.ndim != 1 or sample.size < least:
         raise ValueError(f"at least {least} values are needed, got {sample.size}")
@@ -35,7 +37,7 @@ def _sample(values: Sequence[float], least: int = 1) -> np.ndarray:
     return sample
 
 
-def t_estimate(values: Sequence[float], alpha: float = 0.05) -> Estimate:
+def t_estimate(values: Values, alpha: float = 0.05) -> Estimate:
     """Return the mean and its two-sided (1 - alpha) Student interval. One value has no interval."""
     sample = _sample(values)
     mean = float(sample.mean())
@@ -46,7 +48,7 @@ def t_estimate(values: Sequence[float], alpha: float = 0.05) -> Estimate:
     return Estimate(mean, sd, sample.size, mean - half, mean + half)
 
 
-def t_test(differences: Sequence[float], margin: float = 0.0) -> float:
+def t_test(differences: Values, margin: float = 0.0) -> float:
     """Return the one-sided p of a Student test that the mean difference is above `margin`.
 
     With no spread: 0.0 if the difference is above the margin, else 1.0.
@@ -59,7 +61,7 @@ def t_test(differences: Sequence[float], margin: float = 0.0) -> float:
     return float(stats.t.sf(gap / (spread / math.sqrt(sample.size)), sample.size - 1))
 
 
-def welch(a: Sequence[float], b: Sequence[float], margin: float = 0.0, alpha: float = 0.05) -> tuple[Estimate, float]:
+def welch(a: Values, b: Values, margin: float = 0.0, alpha: float = 0.05) -> tuple[Estimate, float]:
     """Return the unpaired estimate of mean(a) - mean(b) and its one-sided p above `margin` (Welch)."""
     x, y = _sample(a, 2), _sample(b, 2)
     gap = float(x.mean() - y.mean())
@@ -74,7 +76,7 @@ def welch(a: Sequence[float], b: Sequence[float], margin: float = 0.0, alpha: fl
     return Estimate(gap, error * math.sqrt(n), n, gap - half, gap + half), p
 
 
-def sign_flip(differences: Sequence[float], margin: float = 0.0) -> float:
+def sign_flip(differences: Values, margin: float = 0.0) -> float:
     """Return the exact one-sided p of the paired sign-flip test; never below 1 / 2 ** n. At most 20 pairs."""
     sample = _sample(differences, 1) - margin
     if sample.size > 20:
@@ -84,7 +86,7 @@ def sign_flip(differences: Sequence[float], margin: float = 0.0) -> float:
     return float((flipped >= sample.sum() - 1e-9 * max(1.0, float(np.abs(sample).sum()))).mean())
 
 
-def permutation(a: Sequence[float], b: Sequence[float]) -> float:
+def permutation(a: Values, b: Values) -> float:
     """Return the exact one-sided p that mean(a) exceeds mean(b), over all ways to split the pooled values."""
     x, y = _sample(a), _sample(b)
     pooled = np.concatenate([x, y])
@@ -94,7 +96,7 @@ def permutation(a: Sequence[float], b: Sequence[float]) -> float:
     return float((np.array(splits) >= x.sum() - 1e-9 * max(1.0, float(np.abs(pooled).sum()))).mean())
 
 
-def studentised_bootstrap(values: Sequence[float], alpha: float = 0.05, draws: int = 4000, seed: int = 0) -> Estimate:
+def studentised_bootstrap(values: Values, alpha: float = 0.05, draws: int = 4000, seed: int = 0) -> Estimate:
     """Return the mean with a bootstrap-t interval, which does not assume normal values. At least 4 values.
 
     A resample without spread carries no t value and is left out.
@@ -134,7 +136,7 @@ def cluster_bootstrap(
     return Estimate(float(np.mean(center)), float(np.std(center, ddof=1)), len(groups), float(low), float(high))
 
 
-def prediction_interval(values: Sequence[float], alpha: float = 0.05) -> tuple[float, float]:
+def prediction_interval(values: Values, alpha: float = 0.05) -> tuple[float, float]:
     """Return the interval that one further value of the same kind falls into with probability 1 - alpha (Student).
 
     It is what a paper's single number is held against: a mean's interval would be too narrow.
@@ -144,7 +146,7 @@ def prediction_interval(values: Sequence[float], alpha: float = 0.05) -> tuple[f
     return float(sample.mean() - half), float(sample.mean() + half)
 
 
-def equivalence(differences: Sequence[float], margin: float) -> float:
+def equivalence(differences: Values, margin: float) -> float:
     """Return the p of two one-sided tests (TOST) that the mean difference lies within (-margin, margin).
 
     Raises:
@@ -156,9 +158,9 @@ def equivalence(differences: Sequence[float], margin: float) -> float:
     return max(t_test(sample, -margin), t_test(-sample, -margin))
 
 
-def slopes(series: Sequence[Sequence[float]], positions: Sequence[float]) -> np.ndarray:
+def slopes(series: Sequence[Sequence[float]] | np.ndarray, positions: Values | range) -> np.ndarray:
     """Return each seed's least-squares slope over the positions of an axis; `series` is (seeds, positions)."""
-    values, at = np.asarray(series, dtype=float), _sample(positions, 2)
+    values, at = np.asarray(series, dtype=float), _sample(list(positions), 2)
     centered = at - at.mean()
     return values @ centered / (centered**2).sum()
 
@@ -183,4 +185,4 @@ def least_p(test: str, n: int) -> float:
     return 0.0 if n >= 2 else 1.0
 
 
-TESTS: dict[str, Callable[[Sequence[float], float], float]] = {"t": t_test, "sign_flip": sign_flip}
+TESTS: dict[str, Callable[[Values, float], float]] = {"t": t_test, "sign_flip": sign_flip}

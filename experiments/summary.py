@@ -22,12 +22,13 @@ def print_plan(console: Console, plan: Plan, jobs: int) -> None:
     for node in plan.nodes:
         groups[node.cell.key.ablation, node.cell.key.data].append(node)
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("ablation")
-    table.add_column("data")
-    for name in (*STATES, "params", "ops/image", "s/cell"):
-        table.add_column(name, justify="right")
+    shown = [state for state in STATES if plan.of(state)]
+    table.add_column("ablation", no_wrap=True, min_width=max(len(ablation) for ablation, _ in groups))
+    table.add_column("data", no_wrap=True, min_width=max(len(data) for _, data in groups))
+    for name in (*shown, "params", "ops/image", "s/cell"):
+        table.add_column(name, justify="right", no_wrap=True)
     for (ablation, data), nodes in groups.items():
-        counts = [sum(node.record.state == state for node in nodes) for state in STATES]
+        counts = [sum(node.record.state == state for node in nodes) for state in shown]
         priced = next((node for node in nodes if node.seconds is not None), None)
         prices = (
             [f"{priced.params:,}", f"{priced.flops_per_image:,}", f"{priced.seconds:.0f}"] if priced else ["", "", ""]
@@ -38,7 +39,8 @@ def print_plan(console: Console, plan: Plan, jobs: int) -> None:
     console.print(", ".join(f"{count} {state}" for state, count in total.items() if count) or "no cells")
     if plan.to_run:
         console.print(
-            f"{len(plan.to_run)} cells to run on {jobs} processes: about {clock(plan.eta_seconds(jobs))} (h:mm:ss or m:ss)"
+            f"{len(plan.to_run)} cells to run on {jobs} processes: about {clock(plan.eta_seconds(jobs))} (h:mm:ss or m:ss)",
+            soft_wrap=True,
         )
     if plan.of("stale") and not plan.rerun_stale:
         console.print("Stale cells ran with other code or settings; `--rerun-stale` runs them again.")

@@ -79,8 +79,8 @@ def judge(spec: PaperSpec, records: Sequence[Record], profile: str) -> list[Verd
     runs = Runs(spec, records)
     claims = spec.claims_of(profile)
     found = {claim.id: _look(spec, claim, runs, profile) for claim in claims}
-    tested = [c.id for c in claims if isinstance(e := found[c.id], Evidence) and e.p is not None]
-    adjusted = dict(zip(tested, holm([found[name].p for name in tested]), strict=True))  # type: ignore[union-attr]
+    tested = {name: e.p for name, e in found.items() if isinstance(e, Evidence) and e.p is not None}
+    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
     return [_decide(spec, claim, found[claim.id], adjusted.get(claim.id), len(tested)) for claim in claims]
 
 

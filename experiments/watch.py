@@ -51,9 +51,8 @@ class Watch:
         if not self._progress.console.is_terminal:
             node = self.nodes[finished.handle]
             left = clock(self._left())
-            self._progress.console.print(
-                f"[{len(self.over)}/{len(self.nodes)}] {finished.outcome} {node.cell.key}, ETA {left}"
-            )
+            count = f"[{len(self.over)}/{len(self.nodes)}]"
+            self._progress.console.print(f"{count} {finished.outcome} {node.cell.key}, ETA {left}", soft_wrap=True)
 
     def released(self) -> list[str]:
         """Return cells that another command was running and has let go of, finished or not; the finished are counted."""

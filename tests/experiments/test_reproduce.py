@@ -1,0 +1,173 @@
+"""The command line as people use it, on the smoke profile: one run of it serves most tests here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.claims import load_paper
+from experiments.provenance import ROOT
+
+
+def fivefold(home: Path, *arguments: str, root: Path = ROOT, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.cli", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env=os.environ
+        | {"FIVEFOLD_HOME": str(home), "PYTHONPATH": str(root), "COLUMNS": "160", "OMP_NUM_THREADS": "1"},
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _needs_data() -> None:
+    from datamodules.sources import DataUnavailable, load_images
+
+    for name in ("mnist", "cifar10"):
+        try:
+            load_images(name, progress=False)
+        except DataUnavailable as error:
+            pytest.skip(f"{name} cannot be had here: {error}")
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home in which the smoke profile of paper 3 has run, by two commands started at once."""
+    home = tmp_path_factory.mktemp("home")
+    command = [sys.executable, "-m", "experiments.cli", "reproduce", "3", "--profile", "smoke", "--jobs", "1"]
+    env = os.environ | {"FIVEFOLD_HOME": str(home), "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=400)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)
+    return home
+
+
+def test_two_commands_at_once_ran_every_cell_once(smoke: Path) -> None:
+    needed = 2 * len(load_paper("tropical_cnn").required("smoke"))
+    assert len(list(smoke.glob("runs/*/done.json"))) == needed
+    assert not list(smoke.glob("runs/*/failed.json"))
+    with sqlite3.connect(smoke / "runs" / "mlflow.db") as database:
+        children = database.execute("select count(*) from tags where key = 'mlflow.parentRunId'").fetchone()[0]
+        statuses = {row[0] for row in database.execute("select distinct status from runs")}
+    assert children == needed
+    assert statuses == {"FINISHED"}
+
+
+def test_nothing_is_written_outside_runs(smoke: Path) -> None:
+    assert {path.name for path in smoke.iterdir()} == {"runs"}
+    for run in smoke.glob("runs/*/done.json"):
+        names = {file.name for file in run.parent.iterdir()}
+        assert {"config.yaml", "manifest.json", "metrics.json", "last.ckpt", "best.ckpt", "done.json"} <= names
+        assert not [name for name in names if name.endswith(".tmp")]
+
+
+def test_every_metric_that_a_smoke_claim_reads_was_measured(smoke: Path) -> None:
+    spec = load_paper("tropical_cnn")
+    measured: dict[tuple[str, str], set[str]] = {}
+    for run in smoke.glob("runs/*/metrics.json"):
+        manifest = json.loads((run.parent / "manifest.json").read_text())
+        measured[manifest["ablation"], manifest["data"]] = set(json.loads(run.read_text()))
+    for claim in spec.claims_of("smoke"):
+        for operand in claim.operands:
+            for ablation in operand.ablations:
+                assert {operand.metric, *claim.match} <= measured[ablation, operand.data], claim.id
+
+
+def test_smoke_reproduces_nothing_and_leaves_the_real_results_alone(smoke: Path) -> None:
+    content = json.loads((smoke / "runs/results-smoke/tropical_cnn/verdicts.json").read_text())
+    assert {claim["verdict"] for claim in content["claims"]} == {"not assessable"}
+    assert content["profile"] == "smoke"
+    assert (smoke / "runs/results-smoke/report.html").exists()
+
+
+def test_run_again_it_does_nothing_and_says_so_quickly(smoke: Path) -> None:
+    before = {
+        f: f.stat().st_mtime_ns for f in smoke.rglob("*") if f.is_file() and f.suffix in (".json", ".ckpt", ".csv")
+    }
+    start = time.monotonic()
+    done = fivefold(smoke, "reproduce", "3", "--profile", "smoke")
+    took = time.monotonic() - start
+    assert "Nothing to do" in done.stdout
+    assert {f: f.stat().st_mtime_ns for f in before} == before
+    assert "mlflow" not in done.stderr.lower()
+    print(f"took {took:.1f} s")
+
+
+def test_plan_shows_exactly_the_cells_whose_operator_changed(smoke: Path, tmp_path: Path) -> None:
+    root = tmp_path / "project"
+    for name in ("experiments", "lit_modules", "datamodules", "sweeps", "conf"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    assert "10 done" in fivefold(smoke, "plan", "3", "--profile", "smoke", root=root).stdout
+    operator = root / "lit_modules/ops/tropical_portable.py"
+    operator.write_text(operator.read_text().replace("return a + b", "return b + a"))
+    changed = fivefold(smoke, "plan", "3", "--profile", "smoke", root=root).stdout
+    assert "4 done, 6 stale" in changed
+    states = {
+        line.split()[0]: line.split()[2:4] for line in changed.splitlines() if line.startswith(("net", "tcnn", "ctcnn"))
+    }
+    assert states["net0"][0] == states["net0_relu"][0] == "2"
+    assert all(states[name][1] == "2" for name in ("net1", "tcnn1", "ctcnn2"))
+    operator.write_text(operator.read_text().replace("return b + a", "return a + b  # a comment changes nothing"))
+    assert "10 done" in fivefold(smoke, "plan", "3", "--profile", "smoke", root=root).stdout
+
+
+def test_explain_verify_and_diff(smoke: Path) -> None:
+    explained = fivefold(smoke, "explain", "A1.mnist", "--profile", "smoke").stdout
+    assert "not assessable" in explained
+    assert explained.count("test/acc") == 4
+    runs = {
+        (m["ablation"], m["seed"]): m["signature"]
+        for m in (json.loads(f.read_text()) for f in smoke.glob("runs/*/manifest.json"))
+    }
+    verified = fivefold(smoke, "verify", runs["net1", 0]).stdout
+    assert "DIFFERS" not in verified
+    assert verified.count("ok ") == 5
+    shown = fivefold(smoke, "diff", runs["net1", 0], runs["net0", 0]).stdout
+    assert "config.net._target_" in shown
+    assert "metrics.test/acc" in shown
+    same = fivefold(smoke, "diff", runs["net1", 0], runs["net1", 0]).stdout
+    assert "agree" in same
+
+
+def test_verify_notices_weights_that_are_not_the_runs(smoke: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(smoke, home)
+    manifests = [json.loads(f.read_text()) for f in home.glob("runs/*/manifest.json")]
+    a, b = (m["signature"] for m in manifests if m["ablation"] == "net0")
+    shutil.copy(home / "runs" / b / "last.ckpt", home / "runs" / a / "last.ckpt")
+    done = fivefold(home, "verify", a, "--no-rerun", check=False)
+    assert done.returncode == 1
+    assert "DIFFERS" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["reproduce", "4"], "not part of the suite yet"),
+        (["reproduce", "tropical_cn"], "'tropical_cnn'"),
+        (["reproduce", "3", "--only", "nett1"], "'net1'"),
+        (["plan", "3", "--profile", "smal"], "'small'"),
+        (["explain", "A1.mnits"], "'A1.mnist'"),
+        (["verify", "nosuchrun"], "no run under"),
+        (["sweep", "3"], "no Optuna search space yet"),
+    ],
+)
+def test_a_wrong_word_is_one_message_with_the_way_out(tmp_path: Path, arguments: list[str], words: str) -> None:
+    done = fivefold(tmp_path, *arguments, check=False)
+    assert done.returncode == 2
+    assert words in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr

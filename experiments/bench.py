@@ -63,6 +63,7 @@ class Row:
     memory_mib: float
     forward_ratio: float = 1.0
     backward_ratio: float = 1.0
+    step_ratio: float = 1.0  # forward and backward together
     memory_ratio: float = 1.0
 
 
@@ -139,6 +140,13 @@ def _memory_mib(op: Callable[[Any, Any], Any], x: Any, w: Any) -> float:
     return grown
 
 
+def _row(shape: str, peer: str, forward: float, backward: float, memory: float, before: list[Row]) -> Row:
+    base = before[0] if before else Row(shape, peer, forward, backward, memory)
+    step = (forward + backward) / (base.forward_ms + base.backward_ms)
+    ratios = forward / base.forward_ms, backward / base.backward_ms, step, memory / max(base.memory_mib, 0.1)
+    return Row(shape, peer, forward, backward, memory, *ratios)
+
+
 def measure(shape: Shape) -> list[Row]:
     """Return a row per peer, the compiled path first, ratios to it (above 1: the compiled path is better)."""
     x, w = _operands(shape)
@@ -146,9 +154,7 @@ def measure(shape: Shape) -> list[Row]:
     for name, op in _peers(shape).items():
         forward, backward = _time(op, x, w)
         memory = _memory_mib(op, x, w)
-        base = rows[0] if rows else Row(shape.name, name, forward, backward, memory)
-        ratios = forward / base.forward_ms, backward / base.backward_ms, memory / max(base.memory_mib, 0.1)
-        rows.append(Row(shape.name, name, forward, backward, memory, *ratios))
+        rows.append(_row(shape.name, name, forward, backward, memory, rows))
     return rows
 
 
@@ -170,9 +176,7 @@ def measure_matmul(rows: int, inner: int, columns: int) -> list[Row]:
     for peer, op in peers.items():
         forward, backward = _time(op, x, w)
         memory = _memory_mib(op, x, w)
-        base = found[0] if found else Row(name, peer, forward, backward, memory)
-        ratios = forward / base.forward_ms, backward / base.backward_ms, memory / max(base.memory_mib, 0.1)
-        found.append(Row(name, peer, forward, backward, memory, *ratios))
+        found.append(_row(name, peer, forward, backward, memory, found))
     return found
 
 
@@ -185,7 +189,7 @@ def run_bench(out: Path) -> list[Row]:
     from experiments.store import write_atomically
 
     torch.set_num_threads(1)
-    console = Console()
+    console = Console(width=max(124, Console().width))
     rows = [row for shape in SHAPES for row in measure(shape)]
     rows += measure_matmul(256, 784, 64) + measure_matmul(512, 512, 512)
     text = io.StringIO()
@@ -203,8 +207,8 @@ def run_bench(out: Path) -> list[Row]:
 def _table(rows: list[Row], cpu: str) -> Table:
     table = Table(title=f"{cpu}, one thread; x: the peer's time or memory over the compiled path's", box=None)
     for name in ("shape", "peer"):
-        table.add_column(name)
-    for name in ("forward ms", "x", "backward ms", "x", "peak MiB", "x"):
+        table.add_column(name, no_wrap=True)
+    for name in ("forward ms", "x", "backward ms", "x", "both x", "peak MiB", "x"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
@@ -212,6 +216,7 @@ def _table(rows: list[Row], cpu: str) -> Table:
             row.peer,
             *(f"{row.forward_ms:.2f}", f"{row.forward_ratio:.1f}"),
             *(f"{row.backward_ms:.2f}", f"{row.backward_ratio:.1f}"),
+            f"{row.step_ratio:.1f}",
             *(f"{row.memory_mib:.1f}", f"{row.memory_ratio:.1f}"),
         )
     return table

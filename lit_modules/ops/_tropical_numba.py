@@ -16,6 +16,7 @@ import numpy as np
 
 TILE = 256  # images per inner loop: long enough to hide its start-up, short enough for the first-level cache
 SUM, MIN, MAX = 0, 1, 2  # how channels are reduced
+LANES = 4  # partial sums of a weight's gradient
 FLAGS = {"reassoc", "nsz"}  # sums may be reordered; NaN and infinity keep their meaning
 
 
@@ -58,19 +59,24 @@ def _reduce_with_winner(x, corner, taps, w_K, n, value_T, winner_T):
         value_T[t] = first[t] + weight
         winner_T[t] = 0
     k = 1
-    while k + 1 < taps.size:
-        w0, w1, r0, r1 = w_K[k], w_K[k + 1], corner + taps[k], corner + taps[k + 1]
-        x0, x1 = x[r0 : r0 + n], x[r1 : r1 + n]
-        k0, k1 = np.int32(k), np.int32(k + 1)
+    while k + 3 < taps.size:
+        w0, w1, w2, w3 = w_K[k], w_K[k + 1], w_K[k + 2], w_K[k + 3]
+        r0, r1, r2, r3 = corner + taps[k], corner + taps[k + 1], corner + taps[k + 2], corner + taps[k + 3]
+        x0, x1, x2, x3 = x[r0 : r0 + n], x[r1 : r1 + n], x[r2 : r2 + n], x[r3 : r3 + n]
+        k0, k1, k2, k3 = np.int32(k), np.int32(k + 1), np.int32(k + 2), np.int32(k + 3)
         for t in range(n):
-            a, b = x0[t] + w0, x1[t] + w1
-            which = k1 if b < a else k0
+            a, b, c, d = x0[t] + w0, x1[t] + w1, x2[t] + w2, x3[t] + w3
+            ab = k1 if b < a else k0
             a = b if b < a else a
+            cd = k3 if d < c else k2
+            c = d if d < c else c
+            which = cd if c < a else ab
+            a = c if c < a else a
             best = value_T[t]
             winner_T[t] = which if a < best else winner_T[t]
             value_T[t] = a if a < best else best
-        k += 2
-    if k < taps.size:
+        k += 4
+    while k < taps.size:
         r0, w0, k0 = corner + taps[k], w_K[k], np.int32(k)
         x0 = x[r0 : r0 + n]
         for t in range(n):
@@ -78,6 +84,7 @@ def _reduce_with_winner(x, corner, taps, w_K, n, value_T, winner_T):
             best = value_T[t]
             winner_T[t] = k0 if a < best else winner_T[t]
             value_T[t] = a if a < best else best
+        k += 1
 
 
 @numba.njit(cache=True, nogil=True, fastmath=FLAGS)
@@ -125,51 +132,17 @@ def _channel_winners(x, corner, planes_C, base, taps, w_CK, n, outer, value_T, b
 
 
 @numba.njit(cache=True, nogil=True, fastmath=FLAGS, inline="always")
-def _hand_to_first(corner, taps, n, winner_T, grad_T, dx, dw_K):
+def _hand_to_first(corner, taps, n, winner_T, grad_T, dx, dw_KL):
     """Give grad[t] to the winning tap. An empty dx is one that nobody needs."""
-    zero = grad_T.dtype.type(0)
-    k = 0
-    while k + 2 < taps.size:
-        t0, t1, t2 = zero, zero, zero
-        k0, k1, k2 = np.int32(k), np.int32(k + 1), np.int32(k + 2)
-        if dx.size:
-            r0, r1, r2 = corner + taps[k], corner + taps[k + 1], corner + taps[k + 2]
-            d0, d1, d2 = dx[r0 : r0 + n], dx[r1 : r1 + n], dx[r2 : r2 + n]
-            for t in range(n):
-                winner, grad = winner_T[t], grad_T[t]
-                a = grad if winner == k0 else zero
-                b = grad if winner == k1 else zero
-                c = grad if winner == k2 else zero
-                d0[t] += a
-                d1[t] += b
-                d2[t] += c
-                t0 += a
-                t1 += b
-                t2 += c
-        else:
-            for t in range(n):
-                winner, grad = winner_T[t], grad_T[t]
-                t0 += grad if winner == k0 else zero
-                t1 += grad if winner == k1 else zero
-                t2 += grad if winner == k2 else zero
-        dw_K[k] += t0
-        dw_K[k + 1] += t1
-        dw_K[k + 2] += t2
-        k += 3
-    while k < taps.size:
-        total, k0 = zero, np.int32(k)
+    for t in range(n):  # neighbours add to different lanes, so that no addition waits for the one before
+        dw_KL[winner_T[t], t % LANES] += grad_T[t]
+    if dx.size:
         for t in range(n):
-            total += grad_T[t] if winner_T[t] == k0 else zero
-        if dx.size:
-            into = dx[corner + taps[k] : corner + taps[k] + n]
-            for t in range(n):
-                into[t] += grad_T[t] if winner_T[t] == k0 else zero
-        dw_K[k] += total
-        k += 1
+            dx[corner + taps[winner_T[t]] + t] += grad_T[t]
 
 
 @numba.njit(cache=True, nogil=True, fastmath=FLAGS)
-def _share_among_ties(x, corner, taps, w_K, n, value_T, grad_T, count_T, dx, dw_K):
+def _share_among_ties(x, corner, taps, w_K, n, value_T, grad_T, count_T, dx, dw_KL):
     """Give grad[t] in equal parts to all taps that attain value[t]."""
     zero = grad_T.dtype.type(0)
     for t in range(n):
@@ -190,12 +163,12 @@ def _share_among_ties(x, corner, taps, w_K, n, value_T, grad_T, count_T, dx, dw_
             into = dx[start : start + n]
             for t in range(n):
                 into[t] += grad_T[t] if row[t] + weight == value_T[t] else zero
-        dw_K[k] += total
+        dw_KL[k, 0] += total
 
 
 @numba.njit(cache=True, nogil=True, fastmath=FLAGS)
-def backward(x, corners_P, planes_C, taps, w_FCK, mix_FC, g_FPB, outer, batch, split, dx, dw_FCK, dmix_FC):
-    """Add to dx, dw and dmix the gradients of sum(g * y). dw and dmix are float64, whatever the operands are."""
+def backward(x, corners_P, planes_C, taps, w_FCK, mix_FC, g_FPB, outer, batch, split, dx, dw_FCKL, dmix_FC):
+    """Add to dx, dw and dmix the gradients of sum(g * y). Both are float64, dw in LANES parts."""
     filters, channels = w_FCK.shape[0], w_FCK.shape[1]
     per_group = filters // (planes_C.size // channels)
     mixed = mix_FC.shape[0] > 0
@@ -232,6 +205,6 @@ def backward(x, corners_P, planes_C, taps, w_FCK, mix_FC, g_FPB, outer, batch, s
                         for t in range(n):
                             grad_T[t] = g[t] if channel_T[t] == c else zero
                     if split:
-                        _share_among_ties(x, corner, taps, w_FCK[f, c], n, value_T, grad_T, winner_T, dx, dw_FCK[f, c])
+                        _share_among_ties(x, corner, taps, w_FCK[f, c], n, value_T, grad_T, winner_T, dx, dw_FCKL[f, c])
                     else:
-                        _hand_to_first(corner, taps, n, winner_T, grad_T, dx, dw_FCK[f, c])
+                        _hand_to_first(corner, taps, n, winner_T, grad_T, dx, dw_FCKL[f, c])

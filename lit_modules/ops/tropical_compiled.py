@@ -39,30 +39,29 @@ class _Conv2d(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w: Tensor, mix: Tensor, inner: str, outer: str, geometry: Geometry, ties: str
     ) -> Tensor:
-        ctx.save_for_backward(x, w, mix)
         ctx.sign = 1 if inner == "min" else -1
         ctx.outer = CODE[outer if inner == "min" else DUAL[outer]]
-        ctx.geometry, ctx.split = geometry, ties == "split"
-        batch, filters = x.shape[0], w.shape[0]
-        operands = _operands(x, w, mix, ctx.sign, geometry)
-        y_FPB = torch.empty(filters, geometry.output[0] * geometry.output[1], batch, dtype=x.dtype)
-        kernels.forward(*operands, y_FPB.numpy(), ctx.outer, batch)
-        y_BFOP = _batch_first(y_FPB, ctx.sign).view(batch, filters, *geometry.output)
-        return y_BFOP
+        ctx.geometry, ctx.split, ctx.shape = geometry, ties == "split", x.shape
+        x_NB = _batch_last(x, ctx.sign)
+        ctx.save_for_backward(x_NB, w, mix)
+        y_FPB = torch.empty(w.shape[0], geometry.output[0] * geometry.output[1], len(x), dtype=x.dtype)
+        kernels.forward(*_operands(ctx, x_NB, w, mix), y_FPB.numpy(), ctx.outer, len(x))
+        return _batch_first(y_FPB, ctx.sign).view(len(x), w.shape[0], *geometry.output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, mix = ctx.saved_tensors
-        batch, filters = x.shape[0], w.shape[0]
-        operands = _operands(x, w, mix, ctx.sign, ctx.geometry)
+        x_NB, w, mix = ctx.saved_tensors
+        filters, batch = w.shape[0], x_NB.shape[1]
         g_FPB = _batch_last(g, 1).view(filters, -1, batch).numpy()
         needed = ctx.needs_input_grad[0]  # a net's first layer needs no gradient of its images
-        dx_NB = torch.zeros(x[0].numel() if needed else 0, batch, dtype=x.dtype)
-        dw_FCK, dmix_FC = np.zeros((filters, w.shape[1], w[0, 0].numel())), np.zeros(tuple(mix.shape))
-        kernels.backward(*operands, g_FPB, ctx.outer, batch, ctx.split, dx_NB.numpy().reshape(-1), dw_FCK, dmix_FC)
-        dx = _batch_first(dx_NB, 1).view_as(x) if needed else None
-        dw = torch.from_numpy(dw_FCK).to(w.dtype).view_as(w)
+        dx_NB = torch.zeros_like(x_NB) if needed else x_NB.new_empty(0, batch)
+        dw_FCKL = np.zeros((filters, w.shape[1], w[0, 0].numel(), kernels.LANES))
+        dmix_FC = np.zeros(tuple(mix.shape))
+        operands = _operands(ctx, x_NB, w, mix)
+        kernels.backward(*operands, g_FPB, ctx.outer, batch, ctx.split, dx_NB.numpy().reshape(-1), dw_FCKL, dmix_FC)
+        dx = _batch_first(dx_NB, 1).view(ctx.shape) if needed else None
+        dw = torch.from_numpy(dw_FCKL.sum(3)).to(w.dtype).view_as(w)
         dmix = torch.from_numpy(ctx.sign * dmix_FC).to(w.dtype) if mix.numel() else None
         return dx, dw, dmix, None, None, None, None
 
@@ -82,14 +81,21 @@ def _signed(turned: Tensor, sign: int) -> Tensor:
     return turned.contiguous() if sign > 0 else turned.clone(memory_format=torch.contiguous_format).neg_()
 
 
-def _operands(x: Tensor, w: Tensor, mix: Tensor, sign: int, geometry: Geometry) -> tuple[np.ndarray, ...]:
+def _operands(ctx: Any, x_NB: Tensor, w: Tensor, mix: Tensor) -> tuple[np.ndarray, ...]:
     """The kernels' first arguments: flat input, where windows, channels and taps lie in it, weights and channel weights."""
-    batch, channels, height, width = x.shape
+    geometry = ctx.geometry
+    batch, channels, height, width = ctx.shape
     rows = np.arange(geometry.output[0]) * geometry.stride[0] * width
     columns = np.arange(geometry.output[1]) * geometry.stride[1]
     corners_P = (rows[:, None] + columns).reshape(-1) * batch
     planes_C = np.arange(channels) * (height * width * batch)
     steps = [k * geometry.dilation[0] * width + q * geometry.dilation[1] for k, q in geometry.offsets]
-    w_FCK = (w.detach() if sign > 0 else -w.detach()).reshape(w.shape[0], w.shape[1], -1).contiguous().numpy()
-    flat = _batch_last(x, sign).numpy().reshape(-1)
-    return flat, corners_P, planes_C, np.array(steps) * batch, w_FCK, mix.detach().contiguous().numpy()
+    w_FCK = (w.detach() if ctx.sign > 0 else -w.detach()).reshape(w.shape[0], w.shape[1], -1).contiguous().numpy()
+    return (
+        x_NB.numpy().reshape(-1),
+        corners_P,
+        planes_C,
+        np.array(steps) * batch,
+        w_FCK,
+        mix.detach().contiguous().numpy(),
+    )

@@ -21,7 +21,7 @@ import torch
 import yaml
 from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from experiments import provenance, tracking
@@ -230,8 +230,11 @@ class EpochRandomness(Callback):
         random.seed(seed)
 
 
-class History(Callback):
-    """Keep the last epoch's metrics inside the checkpoint, so that a run killed after its last epoch still has them."""
+class History(Checkpoint):
+    """Keep the last epoch's metrics inside the checkpoint, so that a run killed after its last epoch still has them.
+
+    A `Checkpoint` by type only: Lightning calls those after the module's own hooks, which log the epoch's scores.
+    """
 
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}

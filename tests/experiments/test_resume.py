@@ -93,6 +93,17 @@ def test_killed_at_random_points_it_ends_with_the_same_weights(ablation: str, fo
     assert metrics[0] == metrics[1]
 
 
+def test_the_last_epochs_training_accuracy_is_recorded_although_the_module_logs_it_at_the_very_end(
+    tmp_path: Path,
+) -> None:
+    from experiments.run import run_cell
+
+    cell = _cell("net0", epochs=1)
+    run_cell(cell, tmp_path)
+    recorded = json.loads((tmp_path / cell.signature / "metrics.json").read_text())
+    assert 50 < recorded["train/acc"] <= 100
+
+
 def test_killed_after_its_last_epoch_a_run_still_has_its_metrics(forkserver, tmp_path: Path) -> None:
     cell = _cell("net0", epochs=2)
     for _ in range(2):

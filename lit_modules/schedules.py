@@ -21,7 +21,7 @@ def step_decay(gamma: float, every: int) -> Schedule:
         every: epochs between decays, at least 1.
     Raises:
         ValueError: gamma or every out of range.
-    Source: co-author's code of arXiv 2103.02096 (dossier 2.3): Adam 0.02, StepLR(2, 0.95).
+    Source: co-author's code of arXiv 2103.02096: Adam 0.02, StepLR(2, 0.95).
     """
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma must lie in (0, 1], got {gamma}")

@@ -49,7 +49,7 @@ class TropicalClassifier(LightningModule):
         noise_seed: seed of the evaluation noise, the same for every net and training seed.
     Logs, in percent: `val/acc`, `test/acc`, `noise/<kind>_<level>/acc`, and `published/test_acc`, the best test accuracy
     over epochs. The last is the published protocol, which selects on the test set; it decides nothing here.
-    Source: the co-author's code of arXiv 2103.02096 (dossier 2.3); the noise suite is ours (dossier 4.2).
+    Source: the co-author's code of arXiv 2103.02096; the noise suite is ours.
     """
 
     def __init__(

@@ -63,7 +63,7 @@ class ImageClassificationData(LightningDataModule):
         self.val_set = Images(arrays.train_images[val], arrays.train_labels[val])
         self.test_set = Images(arrays.test_images[: self.test_images], arrays.test_labels[: self.test_images])
         self.num_classes = int(arrays.train_labels.max()) + 1
-        self.in_channels, self.image_size = arrays.train_images.shape[3], arrays.train_images.shape[1]
+        self.input_shape = (arrays.train_images.shape[3], *arrays.train_images.shape[1:3])  # (C, H, W)
         self.card = arrays.card
 
     @property

@@ -29,7 +29,7 @@ from experiments.cell import Cell, flatten
 from experiments.records import Record
 from experiments.store import cell_lock, read_json, read_run, sync_folder, write_atomically, write_json
 
-PaperData: TypeAlias = Any  # a LightningDataModule with card, train_size, in_channels and image_size
+PaperData: TypeAlias = Any  # a LightningDataModule with card, train_size and input_shape
 
 
 def run_cell(
@@ -135,19 +135,20 @@ def _fit_and_test(cell: Cell, folder: Path, data: PaperData, logger: Any, starte
     history, (best, latest) = History(), _checkpoints(folder, config["selection"])
     callbacks = [EpochRandomness(config["seed"]), history, Progress(folder / "progress.json"), best, latest]
     trainer = _trainer(config, folder, callbacks, logger)
-    last = folder / "last.ckpt"
-    trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=False)
-    if trainer.interrupted:
-        raise KeyboardInterrupt("the run was interrupted; the same command goes on from the last whole epoch")
-    metrics = dict(history.metrics)
-    metrics[config["selection"]["monitor"]] = float(best.best_model_score)  # type: ignore[arg-type]
-    metrics["train/images"] = float(data.train_size * config["budget"]["max_epochs"])
-    tested = trainer.test(module, datamodule=data, ckpt_path=folder / "best.ckpt", verbose=False, weights_only=False)
+    last, chosen = folder / "last.ckpt", None
+    if config["budget"]["max_epochs"]:  # with none, the net is a construction: it is tested as it was built
+        trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=False)
+        if trainer.interrupted:
+            raise KeyboardInterrupt("the run was interrupted; the same command goes on from the last whole epoch")
+        chosen = folder / "best.ckpt"
+        history.metrics[config["selection"]["monitor"]] = float(best.best_model_score)  # type: ignore[arg-type]
+    tested = trainer.test(module, datamodule=data, ckpt_path=chosen, verbose=False, weights_only=False)
+    metrics = history.metrics | {"train/images": float(data.train_size * config["budget"]["max_epochs"])}
     metrics |= dict(tested[0]) | cost | {"train/seconds": round(time.monotonic() - started, 3)}
     if logger is not None:
         logger.log_metrics({name: metrics[name] for name in metrics if name not in tested[0]})
     write_json(folder / "metrics.json", metrics)
-    weights = torch.load(last, map_location="cpu", weights_only=False)["state_dict"]
+    weights = torch.load(last, map_location="cpu", weights_only=False)["state_dict"] if chosen else module.state_dict()
     write_json(
         folder / "done.json",
         {
@@ -161,7 +162,7 @@ def _fit_and_test(cell: Cell, folder: Path, data: PaperData, logger: Any, starte
 def _cost(net: torch.nn.Module, data: PaperData) -> dict[str, float]:
     from lit_modules.nets.counting import count_ops, count_params
 
-    ops = count_ops(net, (data.in_channels, data.image_size, data.image_size))
+    ops = count_ops(net, data.input_shape)
     return {
         "cost/params": float(count_params(net)),
         "cost/multiplications": float(ops.multiplications),

@@ -48,9 +48,11 @@ class Data(Strict):
 
 
 class Budget(Strict):
-    """How much a cell trains and tests. `train_images: null` means all that remain after the validation split."""
+    """How much a cell trains and tests. `train_images: null` means all that remain after the validation split.
+    No epochs: the net is a construction, tested as it was built.
+    """
 
-    max_epochs: Positive
+    max_epochs: Annotated[int, Field(ge=0)]
     batch_size: Positive
     train_images: Positive | None = None
     val_images: Positive

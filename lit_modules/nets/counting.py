@@ -23,7 +23,7 @@ def count_params(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 
-def count_ops(net: nn.Module, input_shape_CHW: tuple[int, ...]) -> OpCount:
+def count_ops(net: nn.Module, input_shape: tuple[int, ...]) -> OpCount:
     """Return the exact operation count of the layers that hold weights: convolutions, linear and tropical layers.
 
     Pooling, activations, the residual sum and batch norm (folded into its neighbour at inference) are left out, so
@@ -31,7 +31,7 @@ def count_ops(net: nn.Module, input_shape_CHW: tuple[int, ...]) -> OpCount:
 
     Args:
         net: run once on zeros in evaluation mode; its state does not change.
-        input_shape_CHW: shape of one image.
+        input_shape: shape of one sample, (C, H, W) for an image.
     Raises:
         TypeError: a module with weights of its own that is not known here.
     """
@@ -49,7 +49,7 @@ def count_ops(net: nn.Module, input_shape_CHW: tuple[int, ...]) -> OpCount:
     example = next(net.parameters(), torch.empty(0))
     try:
         with torch.no_grad():
-            net.eval()(torch.zeros(1, *input_shape_CHW, dtype=example.dtype, device=example.device))
+            net.eval()(torch.zeros(1, *input_shape, dtype=example.dtype, device=example.device))
     finally:
         net.train(training)
         for hook in hooks:

@@ -73,7 +73,7 @@ def test_batches_are_floats_in_the_unit_interval(data) -> None:
     assert x.dtype == torch.float32
     assert y.dtype == torch.int64
     assert 0 <= x.min() <= x.max() <= 1
-    assert (made.in_channels, made.image_size, made.num_classes, made.train_size) == (3, 6, 10, 40)
+    assert (made.input_shape, made.num_classes, made.train_size) == ((3, 6, 6), 10, 40)
     assert torch.equal(made.test_set[[0]][0] * 255, made.test_set.images_NCHW[[0]].float())
 
 

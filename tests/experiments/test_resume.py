@@ -104,6 +104,18 @@ def test_the_last_epochs_training_accuracy_is_recorded_although_the_module_logs_
     assert 50 < recorded["train/acc"] <= 100
 
 
+def test_a_cell_of_no_epochs_tests_the_net_as_it_was_built(tmp_path: Path) -> None:
+    from experiments.run import build_net, run_cell, weights_sha256
+
+    cell = _cell("net0", epochs=0)
+    record = run_cell(cell, tmp_path)
+    built = {f"net.{name}": value for name, value in build_net(cell.config).state_dict().items()}
+    assert _done(tmp_path, cell)["weights_sha256"] == weights_sha256(built)
+    assert record.metrics["train/images"] == 0
+    assert "test/acc" in record.metrics
+    assert "val/acc" not in record.metrics
+
+
 def test_killed_after_its_last_epoch_a_run_still_has_its_metrics(forkserver, tmp_path: Path) -> None:
     cell = _cell("net0", epochs=2)
     for _ in range(2):

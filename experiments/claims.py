@@ -122,7 +122,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture: its kind (see experiments/figures.py), what it shows and where."""
+    """A picture: its kind (see experiments/figures.py), what it shows and where; `plain` rows are those without the method."""
 
     id: str
     kind: Literal["forest", "noise", "pareto", "verdicts", "difference"]
@@ -130,6 +130,8 @@ class Figure:
     data: str = ""
     rows: tuple[str, ...] = ()
     baseline: str | None = None
+    plain: tuple[str, ...] = ()
+    sides: tuple[str, ...] = ("without the method", "with it")
     profiles: tuple[str, ...] = PROFILES
 
 

@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
 
 from experiments.claims import Figure, PaperSpec
 from experiments.records import Record
@@ -97,18 +98,28 @@ def _colour(names: Sequence[str], name: str) -> dict[str, Any]:
     return {"color": COLOURS[index], "marker": MARKERS[index]}
 
 
+def _side(figure: Figure, name: str) -> dict[str, Any]:
+    """Nets without the paper's method are black squares, those with it orange circles."""
+    return {"fmt": "s", "color": "#000000"} if name in figure.plain else {"fmt": "o", "color": "#D55E00"}
+
+
+def _legend_of_sides(canvas: Canvas, figure: Figure) -> None:
+    sides = [("s", "#000000"), ("o", "#D55E00")]
+    keys = [Line2D([], [], marker=marker, color=colour, linestyle="") for marker, colour in sides]
+    canvas.legend(keys, figure.sides, loc="outside lower center", ncols=2, frameon=False, handletextpad=0.2)
+
+
 def _forest(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Canvas | None:
     """Each net's accuracy with its interval, the baseline's as a band."""
     rows = [r for name in figure.rows if (r := estimates.get((name, figure.data, "test/acc")))]
     if not rows:
         return None
-    canvas, axes = plt.subplots(figsize=(3.5, 0.55 + 0.24 * len(rows)))
+    canvas, axes = plt.subplots(figsize=(3.5, 0.8 + 0.24 * len(rows)))
     base = estimates.get((figure.baseline or "", figure.data, "test/acc"))
     if base is not None and base.ci_low is not None and base.ci_high is not None:
         axes.axvspan(base.ci_low, base.ci_high, color="#0072B2", alpha=0.15, linewidth=0)
     for at, (row, half) in enumerate(zip(rows, _half_widths(rows), strict=True)):
-        plain = row.ablation in (figure.baseline, "net0_relu", "lenet_relu")
-        axes.errorbar(row.mean, at, xerr=half, fmt="s" if plain else "o", color="#000000" if plain else "#D55E00")
+        axes.errorbar(row.mean, at, xerr=half, **_side(figure, row.ablation))
         axes.annotate(
             f"{row.mean:.2f}", (row.mean, at), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=6.5
         )
@@ -117,6 +128,7 @@ def _forest(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Ca
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("test accuracy (%), mean and 95% interval")
     axes.set_title(figure.title)
+    _legend_of_sides(canvas, figure)
     return canvas
 
 
@@ -169,7 +181,7 @@ def _pareto(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Ca
             points.append((cost.mean, accuracy))
     if not points:
         return None
-    canvas, axes = plt.subplots(figsize=(3.5, 2.7))
+    canvas, axes = plt.subplots(figsize=(3.5, 2.95))
     front: list[tuple[float, float]] = []
     for x, row in sorted(points, key=lambda p: (p[0], -p[1].mean)):
         if not front or row.mean > front[-1][1]:
@@ -177,10 +189,7 @@ def _pareto(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Ca
     steps = [*front, (max(x for x, _ in points) * 1.25, front[-1][1])]
     axes.step(*zip(*steps, strict=True), where="post", color="#BBBBBB", zorder=1, label="Pareto front")
     for x, row in points:
-        plain = row.ablation.startswith("net0")
-        axes.errorbar(
-            x, row.mean, yerr=_half_widths([row]), fmt="s" if plain else "o", color="#000000" if plain else "#D55E00"
-        )
+        axes.errorbar(x, row.mean, yerr=_half_widths([row]), **_side(figure, row.ablation))
     axes.set_xscale("log")
     _label_apart(axes, [(x, row.mean, row.ablation) for x, row in points])
     costs = sorted({x for x, _ in points})
@@ -190,6 +199,7 @@ def _pareto(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Ca
     axes.set_xlabel("multiplications per image (log scale)")
     axes.set_ylabel("test accuracy (%)")
     axes.set_title(figure.title)
+    _legend_of_sides(canvas, figure)
     return canvas
 
 

@@ -34,7 +34,8 @@ def write_paper(spec: PaperSpec, records: Sequence[Record], verdicts: Sequence[V
     written = {out_dir / "estimates.csv": tables.estimates_csv(rows)}
     verdict_file = _verdict_file(spec, records, verdicts, profile)
     written[out_dir / "verdicts.json"] = json.dumps(verdict_file, indent=2, ensure_ascii=False) + "\n"
-    for model in _models(spec, rows, records, profile):
+    about = [*_data_notes(records, {record.key.data for record in records}), f"Profile: {profile}."]
+    for model in [tables.claims(verdicts, about), *_models(spec, rows, records, profile)]:
         written[out_dir / f"table_{model.id}.md"] = tables.markdown(model)
         written[out_dir / f"table_{model.id}.tex"] = tables.latex(model)
     for name, (_, svg) in _drawings(spec, rows, verdicts, records, profile).items():

@@ -10,7 +10,7 @@ from html import escape
 
 from experiments.claims import Column, PaperSpec, Table
 from experiments.records import Record
-from experiments.verdict import EstimateRow
+from experiments.verdict import EstimateRow, Verdict
 
 MISSING = "—"
 
@@ -33,6 +33,7 @@ class TableModel:
     header: tuple[str, ...]
     rows: tuple[tuple[TableCell, ...], ...]
     notes: tuple[str, ...]
+    left: tuple[int, ...] = (0,)  # columns of words; the others hold numbers and are set to the right
 
 
 def door(row: EstimateRow) -> str:
@@ -68,6 +69,23 @@ def build(
     return TableModel(table.id, table.title, header, tuple(rows), tuple(line for line in under if line))
 
 
+def claims(verdicts: Sequence[Verdict], notes: Sequence[str]) -> TableModel:
+    """Return the table that says what became of every claim."""
+    header = ("claim", "verdict", "estimate", "95% interval", "margin", "seeds", "what the claim says")
+    rows = []
+    for v in verdicts:
+        exact = v.kind == "identity"
+        estimate = MISSING if v.estimate is None else f"{v.estimate:.3f}" if exact else f"{v.estimate:+.2f}"
+        interval = MISSING if v.ci is None or exact else f"{v.ci[0]:+.2f} to {v.ci[1]:+.2f}"
+        numbers = (estimate, interval, MISSING if exact else f"{v.margin:g}", str(v.n) if v.n else MISSING)
+        rows.append(tuple(TableCell(text) for text in (v.id, v.verdict, *numbers, v.text)))
+    under = [
+        "An estimate is a difference in the claim's unit, positive as the claim says; of an exact count it is the ratio.",
+        *notes,
+    ]
+    return TableModel("claims", "What became of each claim", header, tuple(rows), tuple(under), left=(0, 1, 6))
+
+
 def _cell(estimate: EstimateRow | None, states: list[str]) -> TableCell:
     if estimate is not None and (not states or all(state == "done" for state in states)):
         return TableCell(number(estimate), door(estimate))
@@ -98,17 +116,21 @@ def _seeds_note(table: Table, found: dict[tuple[str, str, str], EstimateRow]) ->
 def markdown(model: TableModel) -> str:
     """Return an aligned Markdown table with its notes."""
     lines = [list(model.header), *[[cell.text for cell in row] for row in model.rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(model.header))]
+    columns = range(len(model.header))
+    widths = [max(len(line[i]) for line in lines) for i in columns]
     text = [f"# {model.title}", ""]
     for index, line in enumerate(lines):
-        padded = [
-            line[0].ljust(widths[0]),
-            *(value.rjust(width) for value, width in zip(line[1:], widths[1:], strict=True)),
-        ]
-        text.append("| " + " | ".join(padded) + " |")
+        text.append("| " + " | ".join(_padded(line[i], widths[i], i in model.left) for i in columns) + " |")
         if index == 0:
-            text.append("|" + "-" * (widths[0] + 2) + "|" + "|".join("-" * (w + 1) + ":" for w in widths[1:]) + "|")
+            rules = [
+                "-" * (widths[i] + (2 if i in model.left else 1)) + ("" if i in model.left else ":") for i in columns
+            ]
+            text.append("|" + "|".join(rules) + "|")
     return "\n".join([*text, "", *(f"{note}  " for note in model.notes)]).rstrip() + "\n"
+
+
+def _padded(text: str, width: int, left: bool) -> str:
+    return text.ljust(width) if left else text.rjust(width)
 
 
 TEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "±": r"$\pm$", "—": "---"}
@@ -122,7 +144,7 @@ def tex(text: str) -> str:
 
 def latex(model: TableModel) -> str:
     """Return a booktabs table."""
-    columns = "l" + "r" * (len(model.header) - 1)
+    columns = "".join("l" if i in model.left else "r" for i in range(len(model.header)))
     body = [" & ".join(tex(cell.text) for cell in row) + r" \\" for row in model.rows]
     return "\n".join(
         [

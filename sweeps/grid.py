@@ -17,7 +17,7 @@ from statistics import fmean
 
 import yaml
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 from experiments.cell import Cell, resolve
 from experiments.errors import UserError
@@ -88,10 +88,12 @@ def run_grid(grid: Grid, runs: Path, table_file: Path, console: Console, jobs: i
     cells = {trial: grid.cell(*trial) for trial in trials}
     pool = LocalPool(jobs or default_jobs())
     waiting = {pool.submit(Job(cell, runs, tracked=False)) for cell in cells.values()}
-    for _ in track(range(len(waiting)), description="trials", console=console):
-        while not (finished := pool.poll(timeout_s=1)):
-            continue
-        waiting -= {f.handle for f in finished}
+    with Progress(console=console) as progress:
+        bar = progress.add_task("trials", total=len(waiting))
+        while waiting:
+            finished = pool.poll(timeout_s=1)
+            waiting -= {f.handle for f in finished}
+            progress.advance(bar, len(finished))
     done = []
     for (ablation, value, seed), cell in cells.items():
         record = read_run(runs / cell.signature)

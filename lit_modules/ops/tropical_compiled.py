@@ -5,6 +5,7 @@ Legend: B batch, C channels per group, F filters, H W padded input, O P output h
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -83,19 +84,17 @@ def _signed(turned: Tensor, sign: int) -> Tensor:
 
 def _operands(ctx: Any, x_NB: Tensor, w: Tensor, mix: Tensor) -> tuple[np.ndarray, ...]:
     """The kernels' first arguments: flat input, where windows, channels and taps lie in it, weights and channel weights."""
-    geometry = ctx.geometry
-    batch, channels, height, width = ctx.shape
+    w_FCK = (w.detach() if ctx.sign > 0 else -w.detach()).reshape(w.shape[0], w.shape[1], -1).contiguous().numpy()
+    return x_NB.numpy().reshape(-1), *_layout(ctx.geometry, ctx.shape), w_FCK, mix.detach().contiguous().numpy()
+
+
+@lru_cache(maxsize=256)
+def _layout(geometry: Geometry, shape: torch.Size) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where windows (P), channels (C) and taps (K) start in the flat (C, H, W, B) input; read only, so it can be kept."""
+    batch, channels, height, width = shape
     rows = np.arange(geometry.output[0]) * geometry.stride[0] * width
     columns = np.arange(geometry.output[1]) * geometry.stride[1]
     corners_P = (rows[:, None] + columns).reshape(-1) * batch
     planes_C = np.arange(channels) * (height * width * batch)
     steps = [k * geometry.dilation[0] * width + q * geometry.dilation[1] for k, q in geometry.offsets]
-    w_FCK = (w.detach() if ctx.sign > 0 else -w.detach()).reshape(w.shape[0], w.shape[1], -1).contiguous().numpy()
-    return (
-        x_NB.numpy().reshape(-1),
-        corners_P,
-        planes_C,
-        np.array(steps) * batch,
-        w_FCK,
-        mix.detach().contiguous().numpy(),
-    )
+    return corners_P, planes_C, np.array(steps) * batch

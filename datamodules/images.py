@@ -15,24 +15,24 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 SPLIT_SEED = 0  # the validation split is the same for every training seed, net and machine
 
 
-def split_indices(n: int, val_images: int, train_images: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def split_indices(n: int, val_samples: int, train_samples: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return (training, validation) indices of a fixed random split of n training images.
 
-    The last `val_images` of one fixed permutation are for validation; training takes the first `train_images` of the
+    The last `val_samples` of one fixed permutation are for validation; training takes the first `train_samples` of the
     rest, or all of it. So a smaller training set is a part of a larger one, and validation never changes with it.
 
     Raises:
         ValueError: sizes that leave nothing, or ask for more than there is.
     """
-    if not 0 < val_images < n:
-        raise ValueError(f"val_images must lie between 1 and {n - 1}, got {val_images}")
-    rest = n - val_images
-    if train_images is not None and not 0 < train_images <= rest:
+    if not 0 < val_samples < n:
+        raise ValueError(f"val_samples must lie between 1 and {n - 1}, got {val_samples}")
+    rest = n - val_samples
+    if train_samples is not None and not 0 < train_samples <= rest:
         raise ValueError(
-            f"train_images must lie between 1 and {rest} ({n} less {val_images} for validation), got {train_images}"
+            f"train_samples must lie between 1 and {rest} ({n} less {val_samples} for validation), got {train_samples}"
         )
     order = np.random.default_rng(SPLIT_SEED).permutation(n)
-    return order[:rest][:train_images], order[rest:]
+    return order[:rest][:train_samples], order[rest:]
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):

@@ -33,7 +33,11 @@ class DataUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class DataCard:
-    """What a data set is and where this copy came from: `n` images in all, `sha256` over its four arrays."""
+    """What a data set is and where this copy came from.
+
+    `n` samples in all and `sha256` over its arrays; of generated data `n` is 0, as many as are asked for, and `sha256` is
+    that of the code that makes them.
+    """
 
     name: str
     n: int

@@ -18,9 +18,9 @@ class ImageClassificationData(LightningDataModule):
         name: "mnist", "fashion_mnist" or "cifar10".
         batch_size: images per training batch.
         seed: with the epoch, the key of the order of training images.
-        val_images: size of the fixed validation split.
-        train_images: size of the fixed training subset, or None for all that remain.
-        test_images: the first so many test images, or None for all.
+        val_samples: size of the fixed validation split.
+        train_samples: size of the fixed training subset, or None for all that remain.
+        test_samples: the first so many test images, or None for all.
         eval_batch_size: images per evaluation batch; evaluation noise is keyed by the batch index, so it is fixed.
         root: where official files lie; default DATA_ROOT.
         num_workers: loading processes.
@@ -34,9 +34,9 @@ class ImageClassificationData(LightningDataModule):
         name: str,
         batch_size: int,
         seed: int,
-        val_images: int = 5000,
-        train_images: int | None = None,
-        test_images: int | None = None,
+        val_samples: int = 5000,
+        train_samples: int | None = None,
+        test_samples: int | None = None,
         eval_batch_size: int = 1000,
         root: str | None = None,
         num_workers: int = 0,
@@ -46,10 +46,10 @@ class ImageClassificationData(LightningDataModule):
         for argument, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value < 1:
                 raise ValueError(f"{argument} must be at least 1, got {value}")
-        if test_images is not None and test_images < 1:
-            raise ValueError(f"test_images must be at least 1, got {test_images}")
+        if test_samples is not None and test_samples < 1:
+            raise ValueError(f"test_samples must be at least 1, got {test_samples}")
         self.dataset_name, self.batch_size, self.seed, self.eval_batch_size = name, batch_size, seed, eval_batch_size
-        self.val_images, self.train_images, self.test_images = val_images, train_images, test_images
+        self.val_samples, self.train_samples, self.test_samples = val_samples, train_samples, test_samples
         self.root, self.num_workers = Path(root) if root else None, num_workers
         self.card: DataCard | None = None
 
@@ -58,10 +58,10 @@ class ImageClassificationData(LightningDataModule):
         if self.card is not None:
             return
         arrays = load_images(self.dataset_name, self.root)
-        train, val = split_indices(len(arrays.train_labels), self.val_images, self.train_images)
+        train, val = split_indices(len(arrays.train_labels), self.val_samples, self.train_samples)
         self.train_set = Images(arrays.train_images[train], arrays.train_labels[train])
         self.val_set = Images(arrays.train_images[val], arrays.train_labels[val])
-        self.test_set = Images(arrays.test_images[: self.test_images], arrays.test_labels[: self.test_images])
+        self.test_set = Images(arrays.test_images[: self.test_samples], arrays.test_labels[: self.test_samples])
         self.num_classes = int(arrays.train_labels.max()) + 1
         self.input_shape = (arrays.train_images.shape[3], *arrays.train_images.shape[1:3])  # (C, H, W)
         self.card = arrays.card

@@ -42,12 +42,12 @@ class Cell:
     @cached_property
     def signature(self) -> str:
         """First 20 hex digits of the sha256 over configuration, code and data."""
-        from datamodules.sources import data_sha256
+        from datamodules.catalogue import content_sha256
 
         parts = {
             "config": self.hashed,
             "code": digest(closure(sorted(set(targets_of(self.hashed))))),
-            "data": data_sha256(self.key.data),
+            "data": content_sha256(self.key.data),
         }
         return hashlib.sha256(canonical(parts).encode()).hexdigest()[:20]
 

@@ -76,9 +76,11 @@ class Design:
 class Claim:
     """Something the paper says, in our words, and how it is decided.
 
-    kind "comparison": operands a, b; a is better than b by more than `margin` (negative: not worse by more than that).
+    kind "comparison": operands a, b; a is better than b by more than `margin` (negative: not worse by more than that). With
+    `against`, one operand: it is better than that number.
     kind "ordering", pattern "all": each operand is better than the last one by more than `margin`.
-    kind "ordering", pattern "mixed": operands come in pairs; in some the first wins by more than `margin`, in some the second.
+    kind "ordering", patterns "each", "any" and "mixed": operands come in pairs, and the first is better than the second by
+    more than `margin` in each pair, in at least one, or in some while in others it is the second.
     kind "trend": the operands, in order, rise (their metric's better direction).
     kind "value": one operand; it agrees with `reported`, one value of the paper, within `margin` if one is given.
     kind "identity": an exact relation between two operands without spread: a is better than b and, where `reported` is
@@ -91,12 +93,18 @@ class Claim:
     kind: Kind
     operands: tuple[Operand, ...]
     margin: float = 0.0
-    pattern: Literal["all", "mixed"] = "all"
+    against: float | None = None
+    pattern: Literal["all", "each", "any", "mixed"] = "all"
     match: Mapping[str, float] = dataclasses.field(default_factory=dict)
     design: Design = Design()
     reported: float | None = None
     scale: Literal["full", "reduced"] = "reduced"
     profiles: tuple[str, ...] = PROFILES
+
+    @property
+    def pairs(self) -> list[tuple[Operand, Operand]]:
+        """The operands two by two, for the patterns that compare pairs."""
+        return list(zip(self.operands[::2], self.operands[1::2], strict=True))
 
 
 @dataclass(frozen=True)
@@ -268,13 +276,16 @@ def _check(spec: PaperSpec) -> None:
 
 
 def _check_claim(spec: PaperSpec, claim: Claim) -> None:
-    wanted = PAIRS.get(claim.kind)
+    wanted = 1 if claim.against is not None else PAIRS.get(claim.kind)
+    if claim.against is not None and claim.kind != "comparison":
+        raise ClaimError(f"{claim.id}: only a comparison is held against a number, not a claim of kind '{claim.kind}'")
     if wanted is not None and len(claim.operands) != wanted:
-        raise ClaimError(f"{claim.id}: a {claim.kind} has {wanted} operands, got {len(claim.operands)}")
+        plural = "s" if wanted > 1 else ""
+        raise ClaimError(f"{claim.id}: this {claim.kind} has {wanted} operand{plural}, got {len(claim.operands)}")
     if claim.kind in ("ordering", "trend") and len(claim.operands) < 2:
         raise ClaimError(f"{claim.id}: an {claim.kind} needs at least 2 operands")
-    if claim.pattern == "mixed" and len(claim.operands) % 2:
-        raise ClaimError(f"{claim.id}: the operands of a mixed ordering come in pairs, got {len(claim.operands)}")
+    if claim.pattern != "all" and len(claim.operands) % 2:
+        raise ClaimError(f"{claim.id}: the operands of '{claim.pattern}' come in pairs, got {len(claim.operands)}")
     for name in claim.match:
         spec.metric(name)
     for operand in claim.operands:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from experiments import stats
 from experiments.claims import Claim, Metric, Operand, PaperSpec
+from experiments.numbers import signed
 from experiments.records import Record
 from experiments.stats import Estimate
 
@@ -88,30 +90,30 @@ def gather(spec: PaperSpec, claim: Claim, runs: Runs) -> Evidence:
         NotAssessable: a metric is missing or a premise does not hold.
     """
     premises = _premises(claim, runs)
-    kinds = {
-        "comparison": _comparison,
-        "ordering": _mixed if claim.pattern == "mixed" else _ordering,
-        "trend": _trend,
-        "value": _value,
-        "identity": _identity,
-    }
-    found = kinds[claim.kind](claim, runs)
+    patterns = {"all": _ordering, "each": _each, "any": _any, "mixed": _mixed}
+    kinds = {"comparison": _comparison, "trend": _trend, "value": _value, "identity": _identity}
+    found = (patterns[claim.pattern] if claim.kind == "ordering" else kinds[claim.kind])(claim, runs)
     used = tuple(record.run_id for record in runs.of(claim))
     return Evidence(found.estimate, found.p, found.contrary, found.holds, found.finding, used, premises)
 
 
 def _premises(claim: Claim, runs: Runs) -> dict[str, float]:
     """Relative gaps of the matched metrics between the operands' cells; beyond the tolerance nothing is compared."""
-    gaps = {}
+    sides = [claim.operands] if claim.pattern == "all" else claim.pairs
+    gaps: dict[str, float] = {}
     for metric, tolerance in claim.match.items():
-        means = [runs.mean(runs.chosen(o), o.data, metric) for o in claim.operands]
-        top = max(abs(mean) for mean in means)
-        gaps[metric] = (max(means) - min(means)) / top if top else 0.0
+        gaps[metric] = max(_gap(metric, side, runs) for side in sides)
         if gaps[metric] > tolerance:
             raise NotAssessable(
                 f"the two sides differ by {gaps[metric]:.1%} in {metric}, more than the {tolerance:.0%} the claim allows"
             )
     return gaps
+
+
+def _gap(metric: str, operands: Sequence[Operand], runs: Runs) -> float:
+    means = [runs.mean(runs.chosen(o), o.data, metric) for o in operands]
+    top = max(abs(mean) for mean in means)
+    return (max(means) - min(means)) / top if top else 0.0
 
 
 def _oriented(metric: Metric, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -138,13 +140,16 @@ def _paired(claim: Claim, runs: Runs, a: Operand, b: Operand, alpha: float) -> t
     return estimate, p
 
 
-def _interval(estimate: Estimate, unit: str) -> str:
+def _interval(estimate: Estimate, unit: str, alpha: float = 0.05) -> str:
     if estimate.ci_low is None or estimate.ci_high is None:
-        return f"{estimate.mean:+.2f} {unit} from one run"
-    return f"{estimate.mean:+.2f} {unit}, 95% interval {estimate.ci_low:+.2f} to {estimate.ci_high:+.2f}"
+        return f"{signed(estimate.mean, unit)} {unit} from one run"
+    low, high = signed(estimate.ci_low, unit), signed(estimate.ci_high, unit)
+    return f"{signed(estimate.mean, unit)} {unit}, {100 * (1 - alpha):.3g}% interval {low} to {high}"
 
 
 def _comparison(claim: Claim, runs: Runs) -> Evidence:
+    if claim.against is not None:
+        return _against_number(claim, claim.against, runs)
     a, b = claim.operands
     estimate, p = _paired(claim, runs, a, b, claim.design.alpha)
     unit = runs.spec.metric(a.metric).unit
@@ -170,9 +175,54 @@ def _ordering(claim: Claim, runs: Runs) -> Evidence:
     return Evidence(estimate, p, bool(losers), True, finding)
 
 
+def _against_number(claim: Claim, number: float, runs: Runs) -> Evidence:
+    """One operand is better than a number."""
+    (a,) = claim.operands
+    values = runs.values(a)
+    metric = runs.spec.metric(a.metric)
+    gaps = _oriented(metric, values, np.full_like(values, number))
+    estimate = stats.t_estimate(gaps, claim.design.alpha)
+    p = stats.TESTS[claim.design.test](gaps, claim.margin) if len(gaps) > 1 else 1.0
+    finding = f"{runs.chosen(a)} has {values.mean():.4g} {metric.unit} on average, against {number:g}"
+    return Evidence(estimate, p, _against(estimate, claim.margin), True, finding)
+
+
+def _each(claim: Claim, runs: Runs) -> Evidence:
+    """The first of every pair is better: the p of the weakest pair (intersection-union)."""
+    alpha = claim.design.alpha / len(claim.pairs)
+    results = [(pair, *_paired(claim, runs, *pair, alpha)) for pair in claim.pairs]
+    weakest, _, p = max(results, key=lambda r: (r[2], -r[1].mean))
+    estimate, _ = _paired(claim, runs, *weakest, claim.design.alpha)
+    unit = runs.spec.metric(weakest[0].metric).unit
+    finding = f"{_tally(claim, results)}; the weakest is {_name(weakest, runs)}: {_interval(estimate, unit)}"
+    return Evidence(estimate, p, any(_against(e, claim.margin) for _, e, _ in results), True, finding)
+
+
+def _any(claim: Claim, runs: Runs) -> Evidence:
+    """The first of some pair is better: Bonferroni over pairs. Contrary only if every pair speaks against it."""
+    alpha = claim.design.alpha / len(claim.pairs)
+    results = [(pair, *_paired(claim, runs, *pair, alpha)) for pair in claim.pairs]
+    best, estimate, p = min(results, key=lambda r: (r[2], -r[1].mean))
+    unit = runs.spec.metric(best[0].metric).unit
+    finding = f"{_tally(claim, results)}; the clearest is {_name(best, runs)}: {_interval(estimate, unit, alpha)}"
+    contrary = all(_against(_paired(claim, runs, *pair, claim.design.alpha)[0], claim.margin) for pair in claim.pairs)
+    return Evidence(estimate, min(1.0, p * len(results)), contrary, True, finding)
+
+
+def _tally(claim: Claim, results: Sequence[tuple[Any, Estimate, float]]) -> str:
+    count = len(results)
+    ahead = sum(p * count <= claim.design.alpha / 2 for _, _, p in results)
+    behind = sum(_against(estimate, claim.margin) for _, estimate, _ in results)
+    return f"of {count} settings the first side is clearly ahead in {ahead} and clearly not in {behind}"
+
+
+def _name(pair: tuple[Operand, Operand], runs: Runs) -> str:
+    return f"{runs.chosen(pair[0])} against {runs.chosen(pair[1])} on {pair[0].data}"
+
+
 def _mixed(claim: Claim, runs: Runs) -> Evidence:
     """In some pair the first side wins, in some the second: Bonferroni over pairs, then both sides must hold."""
-    pairs = list(zip(claim.operands[::2], claim.operands[1::2], strict=True))
+    pairs = claim.pairs
     alpha = claim.design.alpha / len(pairs)
     sides = []
     for order in (lambda a, b: (a, b), lambda a, b: (b, a)):
@@ -183,8 +233,9 @@ def _mixed(claim: Claim, runs: Runs) -> Evidence:
         sides.append((min(1.0, best[2] * len(pairs)), best, wins, nowhere))
     p, (_, estimate, _), _, _ = max(sides, key=lambda side: side[0])  # the weaker side decides
     names = [side[1][0].label for side in sides]
+    unit = runs.spec.metric(claim.operands[0].metric).unit
     heights = "; ".join(
-        f"{name} is ahead under {s[1][0].metric.split('/')[1].replace('_', ' ')} ({s[1][1].mean:+.2f})"
+        f"{name} is ahead under {s[1][0].metric.split('/')[1].replace('_', ' ')} ({signed(s[1][1].mean, unit)})"
         for name, s in zip(names, sides, strict=True)
     )
     finding = (

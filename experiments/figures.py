@@ -259,30 +259,33 @@ def _paired_gaps(records: Sequence[Record], a: str, b: str, data: str, metric: s
 
 
 def _verdicts(spec: PaperSpec, figure: Figure, _: Estimates, verdicts: Sequence[Verdict]) -> Canvas | None:
-    """Each tested claim's estimate, interval and margin, in points, marked by its verdict."""
-    shown = [v for v in verdicts if v.estimate is not None and v.ci is not None and v.kind != "identity"]
-    if not shown:
+    """Each tested claim's estimate, interval and margin, marked by its verdict; a panel for every unit."""
+    tested = [v for v in verdicts if v.estimate is not None and v.ci is not None and v.kind != "identity"]
+    panels = [[v for v in tested if v.unit == unit] for unit in dict.fromkeys(v.unit for v in tested)]
+    if not panels:
         return None
-    canvas, axes = plt.subplots(figsize=(5.4, 0.75 + 0.24 * len(shown)))
-    for at, verdict in enumerate(shown):
+    heights = [len(panel) + 1.4 for panel in panels]
+    canvas, grid = plt.subplots(
+        len(panels), figsize=(5.4, 0.24 * sum(heights) + 0.4 * len(panels)), height_ratios=heights, squeeze=False
+    )
+    for axes, panel in zip(grid[:, 0], panels, strict=True):
+        _verdict_panel(axes, panel)
+    grid[0, 0].set_title(figure.title)
+    return canvas
+
+
+def _verdict_panel(axes: Any, panel: Sequence[Verdict]) -> None:
+    for at, verdict in enumerate(panel):
         colour, marker = VERDICT_STYLE.get(verdict.verdict, ("#BBBBBB", "x"))
         low, high = verdict.ci or (0.0, 0.0)
         middle = verdict.estimate or 0.0
         axes.errorbar(middle, at, xerr=[[middle - low], [high - middle]], fmt=marker, color=colour)
         axes.plot([verdict.margin, verdict.margin], [at - 0.32, at + 0.32], color="#000000", linewidth=1.2)
-    axes.axvline(0, color="#999999", linewidth=0.6)
-    axes.set_yticks(range(len(shown)), [f"{v.id}" for v in shown])
-    axes.set_ylim(len(shown) - 0.4, -0.6)
-    for at, verdict in enumerate(shown):
         axes.annotate(
-            verdict.verdict,
-            (1.01, at),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            fontsize=7,
-            annotation_clip=False,
-        )
+            verdict.verdict, (1.01, at), xycoords=("axes fraction", "data"), va="center", fontsize=7, annotation_clip=False
+        )  # fmt: skip
+    axes.axvline(0, color="#999999", linewidth=0.6)
+    axes.set_yticks(range(len(panel)), [v.id for v in panel])
+    axes.set_ylim(len(panel) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("estimate in points, positive as the claim says; black bar: margin to clear")
-    axes.set_title(figure.title)
-    return canvas
+    axes.set_xlabel(f"estimate in {panel[0].unit}, positive as the claim says; black bar: margin to clear")

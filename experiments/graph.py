@@ -10,7 +10,7 @@ from pathlib import Path
 from experiments.cell import Cell, ablations, resolve
 from experiments.claims import PaperSpec
 from experiments.records import CellKey, Record
-from experiments.schema import ConfigError, check_targets, nearest
+from experiments.schema import ConfigError, Data, check_targets, nearest
 from experiments.store import Index
 
 
@@ -21,7 +21,7 @@ class Node:
     cell: Cell
     record: Record
     params: int | None = None
-    flops_per_image: int | None = None  # additions, multiplications and comparisons of one forward pass
+    operations_per_sample: int | None = None  # additions, multiplications and comparisons of one sample's forward pass
     seconds: float | None = None  # expected on one core
 
 
@@ -137,9 +137,9 @@ class _Pricer:
 
     def _guess(self, config: dict, operations: int) -> float:
         budget = config["budget"]
-        images = budget["max_epochs"] * (budget["train_images"] or 55_000)
-        steps = images / budget["batch_size"]
-        return self.FIXED_S + steps * self.PER_STEP_S + 4 * images * operations * self.PER_OPERATION_S
+        samples = budget["max_epochs"] * (budget["train_samples"] or 55_000)
+        steps = samples / budget["batch_size"]
+        return self.FIXED_S + steps * self.PER_STEP_S + 4 * samples * operations * self.PER_OPERATION_S
 
 
 def _price_net(config: dict, key: CellKey) -> tuple[int, int]:
@@ -151,5 +151,4 @@ def _price_net(config: dict, key: CellKey) -> tuple[int, int]:
     except Exception as error:
         cause = error.__cause__ or error
         raise ConfigError(f"{key.ablation} on {key.data}: the net cannot be built: {cause}") from error
-    side = config["data"]["image_size"]
-    return count_params(net), count_ops(net, (config["data"]["channels"], side, side)).total
+    return count_params(net), count_ops(net, Data.model_validate(config["data"]).input_shape).total

@@ -174,7 +174,7 @@ def show_data(console: Console, names: list[str] | None, check: bool) -> bool:
     from datamodules import sources
 
     table = Table(box=None, header_style="bold")
-    for column in ("data", "images", "kind", "from", "licence", "sha256"):
+    for column in ("data", "samples", "kind", "from", "licence", "sha256"):
         table.add_column(column, overflow="fold")
     complete = True
     for name in names or list(sources.DATASETS):

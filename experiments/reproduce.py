@@ -154,12 +154,12 @@ class Reproduction:
 
     def _fetch_data(self, found: Plan) -> None:
         """Have every data set on disk, checked, before processes fan out."""
-        from datamodules.sources import load_images
+        from datamodules.catalogue import card_of
 
         for name in dict.fromkeys(node.cell.key.data for node in found.to_run):
-            card = load_images(name).card
-            kind = "real" if card.real else "SYNTHETIC"
-            self.console.print(f"Data: {card.name}, {card.n:,} images, {kind}, from {card.source}")
+            card = card_of(name)
+            what = f"{card.n:,} samples, real" if card.real else "generated"
+            self.console.print(f"Data: {card.name}, {what}, from {card.source}")
 
     def _parents(self, found: Plan) -> dict[tuple[str, ...], tuple[str, str]]:
         """Make the tracking store and the parent run of every group of seeds, once, before processes fan out."""

@@ -143,7 +143,7 @@ def _fit_and_test(cell: Cell, folder: Path, data: PaperData, logger: Any, starte
         chosen = folder / "best.ckpt"
         history.metrics[config["selection"]["monitor"]] = float(best.best_model_score)  # type: ignore[arg-type]
     tested = trainer.test(module, datamodule=data, ckpt_path=chosen, verbose=False, weights_only=False)
-    metrics = history.metrics | {"train/images": float(data.train_size * config["budget"]["max_epochs"])}
+    metrics = history.metrics | {"train/samples": float(data.train_size * config["budget"]["max_epochs"])}
     metrics |= dict(tested[0]) | cost | {"train/seconds": round(time.monotonic() - started, 3)}
     if logger is not None:
         logger.log_metrics({name: metrics[name] for name in metrics if name not in tested[0]})

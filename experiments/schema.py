@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from experiments.errors import UserError
 
@@ -41,22 +41,41 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Data(Strict):
+    """A set of images to classify (`channels`, `image_size`, `classes`), or a function to approximate (`dims`)."""
+
     name: str
-    channels: Positive
-    image_size: Positive
-    classes: Annotated[int, Field(ge=2)]
+    channels: Positive | None = None
+    image_size: Positive | None = None
+    classes: Annotated[int, Field(ge=2)] | None = None
+    dims: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Data:
+        image = [self.channels, self.image_size, self.classes]
+        if (self.dims is None and None in image) or (self.dims is not None and image != [None] * 3):
+            raise ValueError("images need channels, image_size and classes; a function needs dims alone")
+        return self
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one sample: (C, H, W) or (dims,)."""
+        if self.dims is not None:
+            return (self.dims,)
+        assert self.channels is not None
+        assert self.image_size is not None
+        return (self.channels, self.image_size, self.image_size)
 
 
 class Budget(Strict):
-    """How much a cell trains and tests. `train_images: null` means all that remain after the validation split.
+    """How much a cell trains and tests. `train_samples: null` means all that remain after the validation split.
     No epochs: the net is a construction, tested as it was built.
     """
 
     max_epochs: Annotated[int, Field(ge=0)]
     batch_size: Positive
-    train_images: Positive | None = None
-    val_images: Positive
-    test_images: Positive | None = None
+    train_samples: Positive | None = None
+    val_samples: Positive
+    test_samples: Positive | None = None
     noise: bool = False
 
 

@@ -25,13 +25,15 @@ def print_plan(console: Console, plan: Plan, jobs: int) -> None:
     shown = [state for state in STATES if plan.of(state)]
     table.add_column("ablation", no_wrap=True, min_width=max(len(ablation) for ablation, _ in groups))
     table.add_column("data", no_wrap=True, min_width=max(len(data) for _, data in groups))
-    for name in (*shown, "params", "ops/image", "s/cell"):
+    for name in (*shown, "params", "ops/sample", "s/cell"):
         table.add_column(name, justify="right", no_wrap=True)
     for (ablation, data), nodes in groups.items():
         counts = [sum(node.record.state == state for node in nodes) for state in shown]
         priced = next((node for node in nodes if node.seconds is not None), None)
         prices = (
-            [f"{priced.params:,}", f"{priced.flops_per_image:,}", f"{priced.seconds:.0f}"] if priced else ["", "", ""]
+            [f"{priced.params:,}", f"{priced.operations_per_sample:,}", f"{priced.seconds:.0f}"]
+            if priced
+            else ["", "", ""]
         )
         table.add_row(ablation, data, *[str(count) if count else "·" for count in counts], *prices)
     console.print(table)

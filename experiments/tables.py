@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from html import escape
 
 from experiments.claims import Column, PaperSpec, Table
+from experiments.numbers import signed, with_half_width
 from experiments.records import Record
 from experiments.verdict import EstimateRow, Verdict
 
@@ -44,10 +45,10 @@ def door(row: EstimateRow) -> str:
 def number(row: EstimateRow) -> str:
     """Return an estimate as people read it: exact counts with thousands, means with the half-width of their interval."""
     if row.sd == 0 or (row.metric.startswith("cost/") and row.mean == round(row.mean)):
-        return f"{row.mean:,.0f}" if row.mean == round(row.mean) else f"{row.mean:,.2f}"
+        return f"{row.mean:,.0f}" if row.mean == round(row.mean) else f"{row.mean:,.4g}"
     if row.ci_high is None:
-        return f"{row.mean:.2f} (one run)"
-    return f"{row.mean:.2f} ± {row.ci_high - row.mean:.2f}"
+        return f"{row.mean:.4g} (one run)"
+    return with_half_width(row.mean, row.ci_high - row.mean, row.unit)
 
 
 def build(
@@ -75,8 +76,8 @@ def claims(verdicts: Sequence[Verdict], notes: Sequence[str]) -> TableModel:
     rows = []
     for v in verdicts:
         exact = v.kind == "identity"
-        estimate = MISSING if v.estimate is None else f"{v.estimate:.3f}" if exact else f"{v.estimate:+.2f}"
-        interval = MISSING if v.ci is None or exact else f"{v.ci[0]:+.2f} to {v.ci[1]:+.2f}"
+        estimate = MISSING if v.estimate is None else f"{v.estimate:.3f}" if exact else signed(v.estimate, v.unit)
+        interval = MISSING if v.ci is None or exact else f"{signed(v.ci[0], v.unit)} to {signed(v.ci[1], v.unit)}"
         numbers = (estimate, interval, MISSING if exact else f"{v.margin:g}", str(v.n) if v.n else MISSING)
         rows.append(tuple(TableCell(text) for text in (v.id, v.verdict, *numbers, v.text)))
     under = [
@@ -98,7 +99,7 @@ def _cell(estimate: EstimateRow | None, states: list[str]) -> TableCell:
 def _heading(spec: PaperSpec, column: Column, columns: Sequence[Column]) -> str:
     metric = spec.metric(column.metric)
     several = len({c.data for c in columns}) > 1
-    unit = "%" if metric.unit == "points" else ""
+    unit = {"points": "%"}.get(metric.unit, "" if metric.unit in metric.label else metric.unit)
     name = metric.label + (f", {column.data}" if several else "")
     return f"{name} ({unit})" if unit else name
 

@@ -28,7 +28,7 @@ def data(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tropical_cnn, "load_images", lambda *_: arrays)
 
     def make(**options) -> ImageClassificationData:
-        made = ImageClassificationData("mnist", **{"batch_size": 8, "seed": 0, "val_images": 20, **options})
+        made = ImageClassificationData("mnist", **{"batch_size": 8, "seed": 0, "val_samples": 20, **options})
         made.setup("fit")
         return made
 
@@ -38,7 +38,7 @@ def data(monkeypatch: pytest.MonkeyPatch):
 def test_the_split_is_fixed_disjoint_and_nested() -> None:
     train, val = split_indices(1000, 200)
     assert sorted([*train, *val]) == list(range(1000))
-    small, same = split_indices(1000, 200, train_images=50)
+    small, same = split_indices(1000, 200, train_samples=50)
     assert np.array_equal(val, same)
     assert np.array_equal(small, train[:50])
 
@@ -83,7 +83,7 @@ def test_validation_is_the_same_for_every_seed_and_comes_with_the_watched_test_s
     val, watched = a.val_dataloader()
     assert sum(len(y) for _, y in val) == 20
     assert sum(len(y) for _, y in watched) == 30
-    assert len(data(test_images=7).test_set) == 7
+    assert len(data(test_samples=7).test_set) == 7
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_validation_is_the_same_for_every_seed_and_comes_with_the_watched_test_s
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"eval_batch_size": -1}, "eval_batch_size"),
-        ({"test_images": 0}, "test_images"),
+        ({"test_samples": 0}, "test_samples"),
         ({"name": "mnits"}, "did you mean 'mnist'"),
     ],
 )

@@ -102,7 +102,7 @@ def test_every_cell_that_a_paper_needs_exists(key: str) -> None:
 
 def test_every_metric_that_a_claim_reads_is_one_that_the_module_logs() -> None:
     spec = load_paper("tropical_cnn")
-    logged = {"test/acc", "test/loss", "val/acc", "published/test_acc", "train/images", "train/seconds"}
+    logged = {"test/acc", "test/loss", "val/acc", "published/test_acc", "train/samples", "train/seconds"}
     logged |= {f"noise/{condition_name(kind, level)}/acc" for kind, level in NOISE_SUITE}
     logged |= {f"cost/{name}" for name in ("params", "multiplications", "additions", "comparisons")}
     read = {o.metric for c in spec.claims for o in c.operands} | {m for c in spec.claims for m in c.match}

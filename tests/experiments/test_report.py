@@ -166,7 +166,7 @@ def test_markdown_is_aligned_and_says_what_data_it_is_from(made) -> None:
     text = (results / "toy" / "table_main.md").read_text()
     widths = {len(line) for line in text.splitlines() if line.startswith("|")}
     assert len(widths) == 1
-    assert "MNIST, 70,000 images in all, real" in text
+    assert "MNIST, 70,000 samples in all, real" in text
     assert "2,150" in text
     assert re.search(r"95\.25 ± 0\.\d\d", text)
 

@@ -19,8 +19,8 @@ from experiments.records import CellKey
 
 def _cell(ablation: str, epochs: int = 4) -> Cell:
     config = dict(resolve(CellKey("tropical_cnn", ablation, "mnist", 0, "smoke")).config)
-    config["budget"] = {**config["budget"], "max_epochs": epochs, "train_images": 3200}
-    config["datamodule"] = {**config["datamodule"], "train_images": 3200}
+    config["budget"] = {**config["budget"], "max_epochs": epochs, "train_samples": 3200}
+    config["datamodule"] = {**config["datamodule"], "train_samples": 3200}
     config["tracking"] = {**config["tracking"], "enabled": False}
     return Cell(CellKey("tropical_cnn", ablation, "mnist", 0, "smoke"), config)
 
@@ -111,7 +111,7 @@ def test_a_cell_of_no_epochs_tests_the_net_as_it_was_built(tmp_path: Path) -> No
     record = run_cell(cell, tmp_path)
     built = {f"net.{name}": value for name, value in build_net(cell.config).state_dict().items()}
     assert _done(tmp_path, cell)["weights_sha256"] == weights_sha256(built)
-    assert record.metrics["train/images"] == 0
+    assert record.metrics["train/samples"] == 0
     assert "test/acc" in record.metrics
     assert "val/acc" not in record.metrics
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -165,6 +166,67 @@ def test_mixed_ordering_needs_a_win_on_each_side() -> None:
     assert both.verdict == "reproduced"
     assert "a clearly wins 1 and b 1" in both.reason
     assert _one(found([4.0, 3.0, 2.0, 3.0]), spec).verdict == "not reproduced"
+
+
+def _pairs(pattern: str, n: int):
+    names = [(f"a{i}", f"b{i}") for i in range(n)]
+    return names, claim(kind="ordering", pattern=pattern, operands=tuple(operand(x) for pair in names for x in pair))
+
+
+def _effects(effects: list[float], rng: np.random.Generator, sd: float = 0.1) -> list[Record]:
+    values = {f"a{i}": [e + rng.normal(0, sd) for _ in range(6)] for i, e in enumerate(effects)}
+    values |= {f"b{i}": [rng.normal(0, sd) for _ in range(6)] for i in range(len(effects))}
+    return records(values)
+
+
+def test_each_needs_every_pair_and_any_needs_one() -> None:
+    rng = np.random.default_rng(7)
+    every, some, none = _effects([3.0] * 3, rng), _effects([3.0, 0.0, -3.0], rng), _effects([-3.0] * 3, rng)
+    (_, each), (_, any_) = _pairs("each", 3), _pairs("any", 3)
+    assert [_one(found, each).verdict for found in (every, some, none)] == [
+        "reproduced",
+        "not reproduced",
+        "not reproduced",
+    ]
+    assert [_one(found, any_).verdict for found in (every, some, none)] == [
+        "reproduced",
+        "reproduced",
+        "not reproduced",
+    ]
+    assert "a0 against b0" in _one(some, any_).reason
+    assert "clearly ahead in 1 and clearly not in 1" in _one(some, any_).reason
+
+
+def test_premises_of_pairs_are_checked_within_each_pair() -> None:
+    names, spec = _pairs("each", 2)
+    spec = dataclasses.replace(spec, match={"cost/params": 0.05})
+    sizes = dict(zip([x for pair in names for x in pair], (100.0, 101.0, 900.0, 905.0), strict=True))
+
+    def sized(sizes: dict[str, float]) -> list[Record]:
+        return [
+            record(name, seed, {"test/acc": (name[0] == "a") + 0.01 * seed, "cost/params": size})
+            for name, size in sizes.items()
+            for seed in range(6)
+        ]
+
+    assert _one(sized(sizes), spec).verdict != "not assessable"
+    assert _one(sized(sizes | {"b1": 700.0}), spec).verdict == "not assessable"
+
+
+def test_false_any_stays_below_alpha() -> None:
+    """No pair has an effect: the chance that the best of eight is called one stays below alpha."""
+    rng = np.random.default_rng(8)
+    _, spec = _pairs("any", 8)
+    wrong = sum(_one(_effects([0.0] * 8, rng, sd=1.0), spec).verdict == "reproduced" for _ in range(600))
+    assert wrong / 600 <= 0.025 + 4 * math.sqrt(0.025 * 0.975 / 600)
+
+
+def test_a_comparison_with_a_number_turns_by_the_metrics_direction() -> None:
+    low = claim(operands=(operand("a", "test/loss"),), against=0.5)
+    assert _one(records({"a": [0.1, 0.2, 0.15, 0.12, 0.18, 0.11]}, "test/loss"), low).verdict == "reproduced"
+    assert _one(records({"a": [0.6, 0.7, 0.65, 0.62, 0.68, 0.61]}, "test/loss"), low).verdict == "not reproduced"
+    high = claim(operands=(operand("a"),), against=90.0)
+    assert _one(records({"a": [89.0, 91.0, 88.0, 92.0, 90.5, 89.5]}), high).verdict == "inconclusive"
 
 
 def test_trend_and_value() -> None:

@@ -133,7 +133,7 @@ class Figure:
     """A picture: its kind (see experiments/figures.py), what it shows and where; `plain` rows are those without the method."""
 
     id: str
-    kind: Literal["forest", "noise", "pareto", "verdicts", "difference"]
+    kind: Literal["forest", "noise", "pareto", "verdicts", "difference", "gains", "curves", "rate"]
     title: str
     data: str = ""
     rows: tuple[str, ...] = ()

@@ -7,47 +7,25 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as Canvas
-from matplotlib.lines import Line2D
 
 from experiments.claims import Figure, PaperSpec
+from experiments.figure_style import (
+    STYLE,
+    VERDICT_STYLE,
+    Estimates,
+    half_widths,
+    legend_of_sides,
+    paired_gaps,
+    plt,
+    series_style,
+    side_style,
+)
+from experiments.figures_convergence import curves, gains, rate
 from experiments.records import Record
 from experiments.stats import t_estimate
-from experiments.verdict import VERDICTS, EstimateRow, Verdict
+from experiments.verdict import EstimateRow, Verdict
 
-# Okabe and Ito's colours, which people with any common colour blindness can tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-VERDICT_STYLE = dict(
-    zip(VERDICTS, (("#0072B2", "o"), ("#D55E00", "s"), ("#7F7F7F", "D"), ("#BBBBBB", "x")), strict=True)
-)
-STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "legend.fontsize": 7.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "axes.grid": True,
-    "grid.linewidth": 0.4,
-    "grid.color": "#DDDDDD",
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.3,
-    "lines.markersize": 4,
-    "errorbar.capsize": 2,
-    "svg.hashsalt": "fivefold",
-    "svg.fonttype": "path",
-    "figure.constrained_layout.use": True,
-}
 NOISE_TITLES = {
     "gaussian": ("Gaussian", "standard deviation"),
     "salt_pepper": ("salt and pepper", "share of pixels"),
@@ -56,8 +34,6 @@ NOISE_TITLES = {
     "speckle": ("speckle", "standard deviation"),
     "uniform": ("uniform", "half width"),
 }
-
-Estimates = dict[tuple[str, str, str], EstimateRow]
 
 
 def draw(
@@ -74,10 +50,13 @@ def draw(
         "pareto": _pareto,
         "difference": _difference,
         "verdicts": _verdicts,
+        "gains": gains,
+        "curves": curves,
+        "rate": rate,
     }
     estimates = {(row.ablation, row.data, row.metric): row for row in rows}
     with plt.rc_context(STYLE):
-        extra = records if figure.kind == "difference" else verdicts
+        extra = records if figure.kind in ("difference", "gains") else verdicts
         canvas = kinds[figure.kind](spec, figure, estimates, extra)
         if canvas is None:
             return None
@@ -89,26 +68,6 @@ def draw(
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
-def _half_widths(rows: Sequence[EstimateRow]) -> list[float]:
-    return [(row.ci_high - row.mean) if row.ci_high is not None else 0.0 for row in rows]
-
-
-def _colour(names: Sequence[str], name: str) -> dict[str, Any]:
-    index = list(names).index(name) % len(COLOURS)
-    return {"color": COLOURS[index], "marker": MARKERS[index]}
-
-
-def _side(figure: Figure, name: str) -> dict[str, Any]:
-    """Nets without the paper's method are black squares, those with it orange circles."""
-    return {"fmt": "s", "color": "#000000"} if name in figure.plain else {"fmt": "o", "color": "#D55E00"}
-
-
-def _legend_of_sides(canvas: Canvas, figure: Figure) -> None:
-    sides = [("s", "#000000"), ("o", "#D55E00")]
-    keys = [Line2D([], [], marker=marker, color=colour, linestyle="") for marker, colour in sides]
-    canvas.legend(keys, figure.sides, loc="outside lower center", ncols=2, frameon=False, handletextpad=0.2)
-
-
 def _forest(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Canvas | None:
     """Each net's accuracy with its interval, the baseline's as a band."""
     rows = [r for name in figure.rows if (r := estimates.get((name, figure.data, "test/acc")))]
@@ -118,8 +77,8 @@ def _forest(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Ca
     base = estimates.get((figure.baseline or "", figure.data, "test/acc"))
     if base is not None and base.ci_low is not None and base.ci_high is not None:
         axes.axvspan(base.ci_low, base.ci_high, color="#0072B2", alpha=0.15, linewidth=0)
-    for at, (row, half) in enumerate(zip(rows, _half_widths(rows), strict=True)):
-        axes.errorbar(row.mean, at, xerr=half, **_side(figure, row.ablation))
+    for at, (row, half) in enumerate(zip(rows, half_widths(rows), strict=True)):
+        axes.errorbar(row.mean, at, xerr=half, **side_style(figure, row.ablation))
         axes.annotate(
             f"{row.mean:.2f}", (row.mean, at), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=6.5
         )
@@ -128,7 +87,7 @@ def _forest(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Ca
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("test accuracy (%), mean and 95% interval")
     axes.set_title(figure.title)
-    _legend_of_sides(canvas, figure)
+    legend_of_sides(canvas, figure)
     return canvas
 
 
@@ -146,7 +105,7 @@ def _noise(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Can
             if known:
                 at, rows = zip(*known, strict=True)
                 axes.errorbar(
-                    at, [r.mean for r in rows], yerr=_half_widths(rows), label=name, **_colour(figure.rows, name)
+                    at, [r.mean for r in rows], yerr=half_widths(rows), label=name, **series_style(figure.rows, name)
                 )
         title, unit = NOISE_TITLES.get(kind, (kind.replace("_", " "), "level"))
         axes.set_title(title)
@@ -189,7 +148,7 @@ def _pareto(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Ca
     steps = [*front, (max(x for x, _ in points) * 1.25, front[-1][1])]
     axes.step(*zip(*steps, strict=True), where="post", color="#BBBBBB", zorder=1, label="Pareto front")
     for x, row in points:
-        axes.errorbar(x, row.mean, yerr=_half_widths([row]), **_side(figure, row.ablation))
+        axes.errorbar(x, row.mean, yerr=half_widths([row]), **side_style(figure, row.ablation))
     axes.set_xscale("log")
     _label_apart(axes, [(x, row.mean, row.ablation) for x, row in points])
     costs = sorted({x for x, _ in points})
@@ -199,7 +158,7 @@ def _pareto(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Ca
     axes.set_xlabel("multiplications per image (log scale)")
     axes.set_ylabel("test accuracy (%)")
     axes.set_title(figure.title)
-    _legend_of_sides(canvas, figure)
+    legend_of_sides(canvas, figure)
     return canvas
 
 
@@ -233,7 +192,7 @@ def _difference(spec: PaperSpec, figure: Figure, estimates: Estimates, records: 
     )
     for axes, baseline in zip(grid.flat, baselines, strict=True):
         for at, (metric, _) in enumerate(conditions):
-            gaps = _paired_gaps(records, name, baseline, figure.data, metric)
+            gaps = paired_gaps(records, name, baseline, figure.data, metric)
             if len(gaps) < 2:
                 continue
             e = t_estimate(gaps)
@@ -247,15 +206,6 @@ def _difference(spec: PaperSpec, figure: Figure, estimates: Estimates, records: 
     grid[0, 0].set_yticks(range(len(conditions)), [label for _, label in conditions])
     grid[0, 0].set_ylim(len(conditions) - 0.4, -0.6)
     return canvas
-
-
-def _paired_gaps(records: Sequence[Record], a: str, b: str, data: str, metric: str) -> list[float]:
-    """a minus b for every seed that has both."""
-    values: dict[str, dict[int, float]] = {a: {}, b: {}}
-    for record in records:
-        if record.key.ablation in values and record.key.data == data and metric in record.metrics:
-            values[record.key.ablation][record.key.seed] = record.metrics[metric]
-    return [values[a][seed] - values[b][seed] for seed in sorted(values[a].keys() & values[b].keys())]
 
 
 def _verdicts(spec: PaperSpec, figure: Figure, _: Estimates, verdicts: Sequence[Verdict]) -> Canvas | None:

@@ -49,16 +49,35 @@ def write_paper(spec: PaperSpec, records: Sequence[Record], verdicts: Sequence[V
 
 
 def write_html(papers: Sequence[Paper], path: Path) -> None:
-    """Write the self-contained page: no file or address outside it is needed to read it."""
+    """Write the self-contained page: no file or address outside it is needed to read it.
+
+    Sections of other papers that the page already has stay in it as they are.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
     )
     environment.globals["signed"] = signed
-    views = [_view(*paper) for paper in papers]
-    doors = {paper["spec"].key: paper.pop("doors") for paper in views}
+    section = environment.get_template("section.html.j2")
+    sections, doors = _kept(path)
+    for paper in papers:
+        view = _view(*paper)
+        doors[paper[0].key] = view.pop("doors")
+        sections[paper[0].number, paper[0].key] = section.render(paper=view).strip()
     blob = json.dumps(doors, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    page = environment.get_template("report.html.j2").render(papers=views, doors=Markup(blob))
+    ordered = [Markup(text) for _, text in sorted(sections.items())]
+    page = environment.get_template("report.html.j2").render(sections=ordered, doors=Markup(blob))
     write_atomically(path, page)
+
+
+def _kept(path: Path) -> tuple[dict[tuple[int, str], str], dict[str, Any]]:
+    """The sections and doors of an earlier page of ours, by paper; nothing where there is none."""
+    if not path.is_file():
+        return {}, {}
+    page = path.read_text()
+    blob = re.search(r'<script type="application/json" id="doors">(.*?)</script>', page, re.S)
+    doors = json.loads(blob.group(1)) if blob else {}
+    found = re.findall(r'(<section id="(\w+)" data-number="(\d+)">.*?</section>)', page, re.S)
+    return {(int(number), key): text for text, key, number in found if key in doors}, doors
 
 
 def _profile(records: Sequence[Record]) -> str:
@@ -142,8 +161,10 @@ def _view(spec: PaperSpec, records: Sequence[Record], verdicts: Sequence[Verdict
         "counts": {
             word: sum(v.verdict == word for v in verdicts) for word in dict.fromkeys(v.verdict for v in verdicts)
         },
-        "tables": [Markup(tables.html(model)) for model in _models(spec, rows, records, profile)],
-        "figures": [(name, title, Markup(_inline(svg, name, title))) for name, (title, svg) in drawings.items()],
+        "tables": [Markup(tables.html(model, spec.key)) for model in _models(spec, rows, records, profile)],
+        "figures": [
+            (name, title, Markup(_inline(svg, f"{spec.key}-{name}", title))) for name, (title, svg) in drawings.items()
+        ],
         "cards": data_cards(records),
         "hardware": _distinct([r for r in records if r.state == "done"], "hardware"),
         "versions": _distinct([r for r in records if r.state == "done"], "versions"),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from experiments.cell import resolve
 from experiments.claims import PaperSpec
+from experiments.errors import UserError
 from experiments.executors import Job, LocalPool, default_jobs
 from experiments.graph import Node, Plan, Selection, keys_for, plan
 from experiments.records import CellKey, Record
@@ -50,24 +53,43 @@ class Reproduction:
     rerun_stale: bool = False
 
     def run(self) -> int:
-        """Run what is missing, write the report, print the verdicts. Returns the exit status: 1 if a cell failed."""
-        from experiments.summary import print_plan, print_verdicts
+        """Run what is missing, write the report, print the verdicts.
+
+        Returns:
+            The exit status: 1 if a cell failed, or if results/ could not be written since cells are stale.
+        """
+        from experiments.summary import print_plan
 
         found = plan(self.spec, self.selection, self.places.runs, self.rerun_stale)
         jobs = self.jobs or default_jobs()
-        if not found.to_run and self._report_is_current(found):
-            self.console.print(f"Nothing to do: all {len(found.of('done'))} cells of this selection are done.")
-            if found.of("stale"):
-                print_plan(self.console, found, jobs)
-            print_verdicts(self.console, self.spec, self._stored_verdicts(), self.places.results)
+        if not found.to_run and not found.of("stale") and self._report_is_current(found):
+            self.console.print(f"Nothing to do: all {len(found.nodes)} cells of this selection are done.")
+            self._show(self._stored_verdicts())
             return 0
         print_plan(self.console, found, jobs)
         failed = self._execute(found, jobs) if found.to_run else []
         for node in failed:
             self._print_failure(node)
-        verdicts = self.report()
-        print_verdicts(self.console, self.spec, verdicts, self.places.results)
+        if stale := found.of("stale") if not self.rerun_stale else []:
+            self.console.print(
+                f"{len(stale)} cells are stale: they ran with other code or settings. Nothing is written to results/ from a "
+                "mixture; run them again with --rerun-stale (make: RERUN=stale).",
+                soft_wrap=True,
+            )
+            return 1
+        self._show(self.report())
         return 1 if failed else 0
+
+    def _show(self, verdicts: list[dict]) -> None:
+        """Print the verdicts; of a selection of single cells its numbers too."""
+        from experiments import tables
+        from experiments.summary import print_verdicts
+        from experiments.verdict import estimates
+
+        if not self._is_whole:
+            self.console.print(tables.listing(self.spec, estimates(self.spec, self.records())))
+        if self._is_whole or verdicts:
+            print_verdicts(self.console, self.spec, verdicts, self.results)
 
     def records(self) -> list[Record]:
         """Read the record of every selected cell as it is now."""
@@ -75,26 +97,51 @@ class Reproduction:
         return [index.record(key, resolve(key).signature) for key in keys_for(self.spec, self.selection)]
 
     def report(self) -> list[dict]:
-        """Judge the claims and write results/. A selection of single cells is shown and not written."""
+        """Judge the claims and write results/. A selection of single cells is judged and not written.
+
+        Raises:
+            UserError: cells that results/ would have to show are not finished; what is there stays as it is.
+        """
         from experiments import report
 
         records = self.records()
         verdicts = judge(self.spec, records, self.selection.profile)
         if not self._is_whole:
             return [verdict.to_dict() for verdict in _about(verdicts, records)]
-        report.write_paper(self.spec, records, verdicts, self.places.results / self.spec.key)
-        report.write_html([(self.spec, records, verdicts)], self.places.results / "report.html")
+        self._refuse_unfinished(records)
+        report.write_paper(self.spec, records, verdicts, self.results / self.spec.key)
+        report.write_html([(self.spec, records, verdicts)], self.results / "report.html")
         self._summarise_in_tracker(records)
         write_json(self._stamp, {"inputs": self._inputs(records)})
         return [verdict.to_dict() for verdict in verdicts]
 
+    def _refuse_unfinished(self, records: list[Record]) -> None:
+        """Numbers that are there are never replaced by the word that they are missing."""
+        counts = Counter(record.state for record in records if record.state not in ("done", "failed"))
+        if counts or not any(record.state == "done" for record in records):
+            states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "all failed"
+            raise UserError(
+                f"paper {self.spec.number} ({self.selection.profile}): of {len(records)} cells {states}; results/ stays as it "
+                f"is. Run `make reproduce-paper-{self.spec.number} PROFILE={self.selection.profile}` first"
+                + (" with RERUN=stale." if counts["stale"] else ".")
+            )
+
     @property
     def _is_whole(self) -> bool:
-        return not (self.selection.only or self.selection.data or self.selection.seed)
+        chosen = self.selection
+        return not (chosen.only or chosen.data or chosen.seed)
+
+    @cached_property
+    def results(self) -> Path:
+        """Where this reproduction's results go: with fewer or more seeds than the profile has, to a folder under runs/."""
+        seeds, profile = self.selection.seeds, self.selection.profile
+        if seeds is None or seeds == len({key.seed for key in keys_for(self.spec, Selection(profile))}):
+            return self.places.results
+        return self.places.runs / f"results-{profile}-{seeds}-seeds"
 
     @property
     def _stamp(self) -> Path:
-        return self.places.runs / f".report-{self.spec.key}-{self.selection.profile}.json"
+        return self.places.runs / f".report-{self.spec.key}-{self.selection.profile}-{self.results.name}.json"
 
     def _inputs(self, records: Iterable[Record]) -> str:
         """A digest of all that a report is made from: the cells and their states, the claims and the reporting code."""
@@ -109,12 +156,13 @@ class Reproduction:
     def _report_is_current(self, found: Plan) -> bool:
         if not self._is_whole:
             return True
-        written = (self.places.results / self.spec.key / "verdicts.json").exists()
-        return written and read_json(self._stamp).get("inputs") == self._inputs(n.record for n in found.nodes)
+        written = read_json(self.results / self.spec.key / "verdicts.json").get("profile")
+        same = read_json(self._stamp).get("inputs") == self._inputs(n.record for n in found.nodes)
+        return written == self.selection.profile and same
 
     def _stored_verdicts(self) -> list[dict]:
         if self._is_whole:
-            return read_json(self.places.results / self.spec.key / "verdicts.json")["claims"]
+            return read_json(self.results / self.spec.key / "verdicts.json")["claims"]
         return self.report()
 
     def _execute(self, found: Plan, jobs: int) -> list[Node]:
@@ -150,7 +198,17 @@ class Reproduction:
             raise
         finally:
             pool.close()
+            self._end_parents(parents, {_group(node.cell.key) for node in failed}, nodes.keys() - watch.over)
         return failed
+
+    def _end_parents(self, parents: dict[tuple[str, ...], tuple[str, str]], failed: set, unfinished: set[str]) -> None:
+        """End the parent runs of what this command ran, so that none is left running in the tracker."""
+        from experiments import tracking
+
+        store = tracking.Store(self.places.runs)
+        for group, (_, parent) in parents.items():
+            status = "FAILED" if group in failed else "KILLED" if unfinished else "FINISHED"
+            tracking.summarise_parent(store, parent, {}, status)
 
     def _fetch_data(self, found: Plan) -> None:
         """Have every data set on disk, checked, before processes fan out."""
@@ -211,7 +269,8 @@ class Reproduction:
     def _print_failure(self, node: Node) -> None:
         failed = read_json(self.places.runs / node.cell.signature / "failed.json")
         where = self.places.runs / node.cell.signature / "failed.json"
-        self.console.print(f"[bold]failed[/]: {node.cell.key}: {failed.get('error', 'no reason was left')}")
+        error = escape(failed.get("error", "no reason was left"))
+        self.console.print(f"[bold]failed[/]: {node.cell.key}: {error}", soft_wrap=True)
         self.console.print(f"        traceback: {where}", soft_wrap=True)
 
 

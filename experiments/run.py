@@ -118,6 +118,8 @@ def _execute(cell: Cell, folder: Path, store: tracking.Store | None, parent: tup
         manifest |= {"mlflow_run_id": child.run_id, "mlflow_experiment_id": experiment_id or None}
         write_json(folder / "manifest.json", manifest)
         _fit_and_test(cell, folder, data, child.logger, started)
+        if store is not None and child.run_id and (folder / "best.ckpt").exists():
+            tracking.log_artifacts(store, child.run_id, [folder / "best.ckpt"], "checkpoints")
 
 
 def _fit_and_test(cell: Cell, folder: Path, data: PaperData, logger: Any, started: float) -> None:
@@ -132,7 +134,7 @@ def _fit_and_test(cell: Cell, folder: Path, data: PaperData, logger: Any, starte
         schedule=instantiate(config["optim"]["schedule"]) if config["optim"]["schedule"] else None,
         steps_per_epoch=steps,
     )
-    history, (best, latest) = History(), _checkpoints(folder, config["selection"])
+    history, (best, latest) = History(started), _checkpoints(folder, config["selection"])
     callbacks = [EpochRandomness(config["seed"]), history, Progress(folder / "progress.json"), best, latest]
     trainer = _trainer(config, folder, callbacks, logger)
     last, chosen = folder / "last.ckpt", None
@@ -144,7 +146,8 @@ def _fit_and_test(cell: Cell, folder: Path, data: PaperData, logger: Any, starte
         history.metrics[config["selection"]["monitor"]] = float(best.best_model_score)  # type: ignore[arg-type]
     tested = trainer.test(module, datamodule=data, ckpt_path=chosen, verbose=False, weights_only=False)
     metrics = history.metrics | {"train/samples": float(data.train_size * config["budget"]["max_epochs"])}
-    metrics |= dict(tested[0]) | cost | {"train/seconds": round(time.monotonic() - started, 3)}
+    seconds = round(history.seconds(), 3)
+    metrics |= dict(tested[0]) | cost | {"train/seconds": seconds}
     if logger is not None:
         logger.log_metrics({name: metrics[name] for name in metrics if name not in tested[0]})
     write_json(folder / "metrics.json", metrics)
@@ -153,7 +156,7 @@ def _fit_and_test(cell: Cell, folder: Path, data: PaperData, logger: Any, starte
         folder / "done.json",
         {
             "weights_sha256": weights_sha256(weights),
-            "seconds": round(time.monotonic() - started, 3),
+            "seconds": seconds,
             "finished": provenance.now(),
         },
     )
@@ -232,22 +235,29 @@ class EpochRandomness(Callback):
 
 
 class History(Checkpoint):
-    """Keep the last epoch's metrics inside the checkpoint, so that a run killed after its last epoch still has them.
+    """Keep the last epoch's metrics inside the checkpoint, so that a run killed after its last epoch still has them; and the
+    seconds that the epochs kept so far have taken, over all attempts.
 
     A `Checkpoint` by type only: Lightning calls those after the module's own hooks, which log the epoch's scores.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, started: float) -> None:
         self.metrics: dict[str, float] = {}
+        self.started = started  # of this attempt, on the monotonic clock
+        self.earlier = 0.0  # seconds of earlier attempts, up to the checkpoint that this one goes on from
+
+    def seconds(self) -> float:
+        """Return the seconds spent on what this run now holds, over all attempts."""
+        return self.earlier + time.monotonic() - self.started
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"metrics": self.metrics}
+        return {"metrics": self.metrics, "seconds": self.seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.metrics = state_dict["metrics"]
+        self.metrics, self.earlier = state_dict["metrics"], state_dict["seconds"]
 
 
 class Progress(Callback):

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from html import escape
 
+from rich.table import Table as RichTable
+
 from experiments.claims import Column, PaperSpec, Table
 from experiments.numbers import signed, with_half_width
 from experiments.records import Record
@@ -68,6 +70,16 @@ def build(
     header = ("net", *(_heading(spec, column, table.columns) for column in table.columns))
     under = [f"Source: {table.source}.", table.note, _seeds_note(table, found), *notes]
     return TableModel(table.id, table.title, header, tuple(rows), tuple(line for line in under if line))
+
+
+def listing(spec: PaperSpec, estimates: Sequence[EstimateRow]) -> RichTable:
+    """Return what some cells measured, for the terminal: a row for each ablation, data set and metric."""
+    shown = RichTable(box=None, header_style="bold", pad_edge=False)
+    for name in ("ablation", "data", "metric", "mean ± half the 95% interval", "unit", "seeds"):
+        shown.add_column(name, justify="right" if name.startswith(("mean", "seeds")) else "left", no_wrap=True)
+    for row in estimates:
+        shown.add_row(row.ablation, row.data, spec.metric(row.metric).label, number(row), row.unit, str(row.n))
+    return shown
 
 
 def claims(verdicts: Sequence[Verdict], notes: Sequence[str]) -> TableModel:
@@ -165,8 +177,8 @@ def latex(model: TableModel) -> str:
     )
 
 
-def html(model: TableModel) -> str:
-    """Return the table as HTML in which every number is a button that names its door."""
+def html(model: TableModel, prefix: str) -> str:
+    """Return the table as HTML in which every number is a button that names its door; `prefix` makes its id unique."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in model.header)
     rows = []
     for first, *rest in model.rows:
@@ -174,7 +186,7 @@ def html(model: TableModel) -> str:
         rows.append(f'<tr><th scope="row">{escape(first.text)}</th>{cells}</tr>')
     notes = "".join(f"<p>{escape(note)}</p>" for note in model.notes)
     return (
-        f'<figure class="table" id="table-{model.id}"><figcaption>{escape(model.title)}</figcaption>'
+        f'<figure class="table" id="table-{prefix}-{model.id}"><figcaption>{escape(model.title)}</figcaption>'
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
         f'<div class="notes">{notes}</div></figure>'
     )

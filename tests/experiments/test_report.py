@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -195,3 +196,21 @@ def test_a_report_is_about_one_profile(made, tmp_path: Path) -> None:
     mixed = [*found, record("a", 9, {"test/acc": 1.0}, profile="paper")]
     with pytest.raises(ValueError, match="one profile"):
         report.write_paper(spec, mixed, verdicts, tmp_path / "mixed")
+
+
+def test_the_page_keeps_the_other_papers_it_has(made) -> None:
+    spec, found, verdicts, results = made
+    page = results / "report.html"
+    before = page.read_text()
+    other = dataclasses.replace(spec, key="other", number=1, title="Another paper")
+    report.write_html([(other, found, verdicts)], page)
+    both = page.read_text()
+    assert both.index("Paper 1: Another paper") < both.index("Paper 3: A toy paper")
+    assert set(_doors(both)) == {"toy", "other"}
+    assert _doors(both)["toy"] == _doors(before)["toy"]
+    report.write_html([(spec, found, verdicts)], page)
+    assert page.read_text() == both
+
+
+def _doors(page: str) -> dict:
+    return json.loads(re.search(r'id="doors">(.*?)</script>', page, re.S).group(1))  # type: ignore[union-attr]

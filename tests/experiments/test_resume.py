@@ -74,7 +74,7 @@ def test_killed_at_random_points_it_ends_with_the_same_weights(ablation: str, fo
         process = forkserver.Process(target=_body, args=(cell, tmp_path / "cut"))
         process.start()
         if kills < 5:
-            process.join(timeout=moments.uniform(0.15, 0.8) * length)
+            process.join(timeout=moments.uniform(0.2, 0.55) * length)
         else:
             process.join()
         if process.exitcode is None:
@@ -85,7 +85,8 @@ def test_killed_at_random_points_it_ends_with_the_same_weights(ablation: str, fo
             continue
         assert process.exitcode == 0
         break
-    assert kills >= 1, "no kill came before the end: the test would say nothing"
+    assert kills >= 2, "too few kills came before the end: the test would say nothing"
+    assert True in resumed_from, "no run went on from a checkpoint: the test would say nothing"
     assert _done(tmp_path / "cut", cell)["weights_sha256"] == _done(tmp_path / "whole", cell)["weights_sha256"]
     metrics = [json.loads((tmp_path / side / cell.signature / "metrics.json").read_text()) for side in ("whole", "cut")]
     for side in metrics:

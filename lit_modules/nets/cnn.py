@@ -48,6 +48,11 @@ class TwoLayerCNN(nn.Module):
 class LeNet5(nn.Module):
     """LeNet-5 with ordinary convolutions: `lenet` (sigmoid everywhere) and `lenet_relu` (ReLU everywhere).
 
+    Args:
+        activation: "sigmoid", "relu" or "none", behind the convolutions and in the fully connected part.
+        in_channels, image_size, num_classes: the data's; images of at least 12 pixels a side.
+    Raises:
+        ValueError: impossible sizes or activation.
     Source: OpenTCNN's experiments (arXiv 2504.06881).
     """
 
@@ -66,13 +71,19 @@ class LeNet5(nn.Module):
 class ResNet18(nn.Module):
     """Plain ResNet-18, the follow-up's "type 0".
 
+    Args:
+        in_channels, image_size, num_classes: the data's; images of at least 17 pixels a side.
+        width: channels of the first stage, doubled by each of the others (published: 64).
+    Raises:
+        ValueError: impossible sizes.
     Source: torchvision's layout (He et al. 2016).
     """
 
     def __init__(self, in_channels: int = 3, image_size: int = 32, num_classes: int = 10, width: int = 64) -> None:
         super().__init__()
         layer = partial(nn.Conv2d, bias=False)
-        self.body = resnet18(layer, layer, relu=True, in_channels=in_channels, num_classes=num_classes, width=width)
+        shape = {"in_channels": in_channels, "image_size": image_size, "num_classes": num_classes}
+        self.body = resnet18(layer, layer, relu=True, width=width, **shape)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Map images (B, C, H, W) to logits (B, K)."""

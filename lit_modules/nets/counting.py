@@ -40,7 +40,8 @@ def count_ops(net: nn.Module, input_shape: tuple[int, ...]) -> OpCount:
 
     def add(module: nn.Module, inputs: Any, output: Tensor) -> None:
         nonlocal total
-        total = total + module_ops(module, output)
+        own = getattr(module, "scalar_ops", None)  # a net that counts what it executes, such as one on integers
+        total = total + (own(*inputs) if own else module_ops(module, output))
 
     for module in net.modules():
         if _counted(module):
@@ -58,6 +59,8 @@ def count_ops(net: nn.Module, input_shape: tuple[int, ...]) -> OpCount:
 
 
 def _counted(module: nn.Module) -> bool:
+    if hasattr(module, "scalar_ops"):
+        return True
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return False
     return any(True for _ in module.parameters(recurse=False))

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,37 @@ from lit_modules.ops.geometry import pair
 from lit_modules.ops.tropical import Inner, Outer, PaddingValue, Ties, tropical_conv2d, tropical_matmul
 
 Mode = Literal["1p", "2p", "constant"]
+Size = int | tuple[int, int]
+LAWS = ("uniform01", "fan_in", "normal:S", "zeros")
+
+
+class Options(TypedDict, total=False):
+    """What every tropical convolution takes by keyword: see TropicalConv2d."""
+
+    padding_value: PaddingValue
+    ties: Ties
+    init: str
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
+def _among(known: Iterable[str], value: object) -> str:
+    """Say what may stand in the place of `value`, the nearest first."""
+    names = list(known)
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.3)
+    return f"{f'nearest: {near[0]!r}; ' if near else ''}known: {', '.join(names)}"
+
+
+def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}; {_among(known, value)}")
+
+
+def _check_padding_value(value: object) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    if not number and value not in ("neutral", "replicate"):
+        hint = _among(("neutral", "replicate"), value)
+        raise ValueError(f"padding_value must be a number, 'neutral' or 'replicate', got {value!r}; {hint}")
 
 
 def init_weight_(weight: Tensor, law: str) -> Tensor:
@@ -35,7 +66,7 @@ def init_weight_(weight: Tensor, law: str) -> Tensor:
     Raises:
         ValueError: an unknown law or a negative S.
     """
-    name, _, scale = law.partition(":")
+    name, _, scale = str(law).partition(":")
     if name == "uniform01" and not scale:
         return nn.init.uniform_(weight, 0.0, 1.0)
     if name == "fan_in" and not scale:
@@ -45,7 +76,7 @@ def init_weight_(weight: Tensor, law: str) -> Tensor:
         return nn.init.zeros_(weight)
     if name == "normal" and scale.replace(".", "", 1).isdigit():
         return nn.init.normal_(weight, 0.0, float(scale))
-    raise ValueError(f"unknown initialisation {law!r}; known: uniform01, fan_in, normal:S (such as normal:0.1), zeros")
+    raise ValueError(f"unknown initialisation {law!r}; {_among(LAWS, law)}, with S such as 0.1")
 
 
 class _TropicalConv2d(nn.Module):
@@ -55,10 +86,10 @@ class _TropicalConv2d(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
         groups: int = 1,
         bias: bool = False,
         *,
@@ -74,6 +105,8 @@ class _TropicalConv2d(nn.Module):
                 raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
         if in_channels % groups or out_channels % groups:
             raise ValueError(f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}")
+        _check_padding_value(padding_value)
+        _check_choice("ties", ties, get_args(Ties))
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size = pair(kernel_size, "kernel_size", 1)
         self.stride, self.padding = pair(stride, "stride", 1), pair(padding, "padding", 0)
@@ -128,12 +161,28 @@ class TropicalConv2d(_TropicalConv2d):
         padding_value: a number, "neutral" or "replicate"; ties: "first" or "split"; init: see `init_weight_`.
     Shape: (B, in_channels, H, W) to (B, out_channels, H', W'), sizes as nn.Conv2d.
     Raises:
-        ValueError: impossible sizes.
+        ValueError: impossible sizes, or an unknown choice, with the nearest one.
     Source: the co-author's code of arXiv 2103.02096.
     """
 
-    def __init__(self, *sizes: Any, inner: Inner, outer: Outer, **options: Any) -> None:
-        super().__init__(*sizes, **options)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = False,
+        *,
+        inner: Inner,
+        outer: Outer,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **options)
+        _check_choice("inner", inner, get_args(Inner))
+        _check_choice("outer", outer, get_args(Outer))
         self.inner, self.outer = inner, outer
         self.weight = self._new_weight()
         self.reset_parameters()
@@ -166,13 +215,30 @@ class _MixedConv2d(_TropicalConv2d):
     from N(0, 1), unconstrained.
     """
 
-    def __init__(self, *sizes: Any, mode: Mode = "2p", **options: Any) -> None:
-        super().__init__(*sizes, **options)
-        if mode not in ("1p", "2p", "constant"):
-            raise ValueError(f"mode must be '1p', '2p' or 'constant', got {mode!r}")
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = False,
+        *,
+        mode: Mode = "2p",
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **options)
+        _check_choice("mode", mode, get_args(Mode))
         self.mode = mode
         self.mix_max = self._new_mix() if mode != "constant" else None
         self.mix_min = self._new_mix() if mode == "2p" else None
+        self._make_kernels()
+        self.reset_parameters()
+
+    def _make_kernels(self) -> None:
+        raise TypeError(f"{type(self).__name__} does not say which kernels it has")
 
     def kernels(self) -> tuple[Tensor, Tensor]:
         """The kernels of the max and of the min part, each (F, C, K, L)."""
@@ -204,10 +270,8 @@ class CompoundConv2d(_MixedConv2d):
     Source: OpenTCNN, CompoundMinMaxPlusSumConv2d (arXiv 2504.06881).
     """
 
-    def __init__(self, *sizes: Any, **options: Any) -> None:
-        super().__init__(*sizes, **options)
+    def _make_kernels(self) -> None:
         self.weight = self._new_weight()
-        self.reset_parameters()
 
     def kernels(self) -> tuple[Tensor, Tensor]:
         return self.weight, self.weight
@@ -219,10 +283,8 @@ class ParallelConv2d(_MixedConv2d):
     Source: OpenTCNN, ParallelMinMaxPlusSumConv2d (arXiv 2504.06881).
     """
 
-    def __init__(self, *sizes: Any, **options: Any) -> None:
-        super().__init__(*sizes, **options)
+    def _make_kernels(self) -> None:
         self.weight_max, self.weight_min = self._new_weight(), self._new_weight()
-        self.reset_parameters()
 
     def kernels(self) -> tuple[Tensor, Tensor]:
         return self.weight_max, self.weight_min
@@ -238,7 +300,7 @@ class TropicalLinear(nn.Module):
         ties, init: as TropicalConv2d.
     Shape: (..., in_features) to (..., out_features).
     Raises:
-        ValueError: impossible sizes.
+        ValueError: impossible sizes, or an unknown choice, with the nearest one.
     Source: arXiv 2102.06358, abstract.
     """
 
@@ -258,13 +320,10 @@ class TropicalLinear(nn.Module):
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
-        self.in_features, self.out_features, self.kind, self.ties, self.init = (
-            in_features,
-            out_features,
-            kind,
-            ties,
-            init,
-        )
+        _check_choice("kind", kind, get_args(Inner))
+        _check_choice("ties", ties, get_args(Ties))
+        self.in_features, self.out_features = in_features, out_features
+        self.kind, self.ties, self.init = kind, ties, init
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
@@ -302,6 +361,9 @@ LAYER_KINDS: dict[str, Callable[..., nn.Module]] = {
     "Parallel-const": partial(ParallelConv2d, mode="constant"),
 }
 
+GEOMETRY = ("stride", "padding", "dilation", "groups", "device", "dtype")  # what an ordinary convolution takes too
+OPTIONS = (*GEOMETRY, "bias", "inner", "outer", "mode", "padding_value", "ties", "init")
+
 
 def make_layer(kind: str, *sizes: Any, conv_bias: bool = True, **options: Any) -> nn.Module:
     """Build a layer by the name people use for it.
@@ -311,17 +373,12 @@ def make_layer(kind: str, *sizes: Any, conv_bias: bool = True, **options: Any) -
         sizes, options: as TropicalConv2d; geometry options go to an ordinary convolution too.
         conv_bias: whether an ordinary convolution has a bias (`bias` is for the tropical ones).
     Raises:
-        ValueError: an unknown kind, with the nearest one.
+        ValueError: an unknown kind or option, with the nearest one.
     """
+    _check_choice("layer kind", kind, ("Conv2d", *LAYER_KINDS))
+    for name in options:
+        _check_choice(f"option of {kind}:", name, OPTIONS)
     if kind == "Conv2d":
-        geometry: dict[str, Any] = {
-            k: v for k, v in options.items() if k in ("stride", "padding", "dilation", "groups", "device", "dtype")
-        }
+        geometry: dict[str, Any] = {name: value for name, value in options.items() if name in GEOMETRY}
         return nn.Conv2d(*sizes, **geometry, bias=conv_bias)  # type: ignore[misc]
-    if kind not in LAYER_KINDS:
-        known = ["Conv2d", *LAYER_KINDS]
-        near = difflib.get_close_matches(kind, known, n=1, cutoff=0.3)
-        raise ValueError(
-            f"unknown layer kind {kind!r}{f', nearest: {near[0]!r}' if near else ''}; known: {', '.join(known)}"
-        )
     return LAYER_KINDS[kind](*sizes, **options)

@@ -50,6 +50,8 @@ def two_layer_net(
 ) -> nn.Sequential:
     """Return two 3x3 layers of stride 2 and padding 1 with `width` channels each, flatten, one linear layer.
 
+    Raises:
+        ValueError: a size that is not an int of at least 1, or an unknown activation.
     Source: the co-author's code of arXiv 2103.02096, net0 to net6; activation and batch norm are ours.
     """
     check_sizes(width=width, in_channels=in_channels, image_size=image_size, num_classes=num_classes)
@@ -67,6 +69,13 @@ def lenet5(
 ) -> nn.Sequential:
     """Return LeNet-5: 5x5 layers of 6 and 16 channels (the first padded by 2), average pooling, 120, 84, classes.
 
+    Args:
+        layer1, layer2: makers of the two 5x5 layers.
+        conv_act, head_act: activations behind them and in the fully connected part, see `activation`.
+        in_channels, image_size, num_classes: the data's.
+    Raises:
+        ValueError: a size that is not an int of at least 1, an image of fewer than 12 pixels a side, or an unknown
+            activation.
     Source: OpenTCNN's experiments (arXiv 2504.06881), after d2l.ai.
     """
     check_sizes(in_channels=in_channels, image_size=image_size, num_classes=num_classes)
@@ -101,13 +110,23 @@ class ResidualBlock(nn.Module):
 
 
 def resnet18(
-    layer1: Layer, layer2: Layer, *, relu: bool, in_channels: int, num_classes: int, width: int = 64
+    layer1: Layer, layer2: Layer, *, relu: bool, in_channels: int, image_size: int, num_classes: int, width: int = 64
 ) -> nn.Sequential:
     """Return ResNet-18 in torchvision's layout: 7x7 stem of stride 2, max-pool, four stages of two blocks, linear.
 
+    Args:
+        layer1, layer2: makers of the two 3x3 layers of each block.
+        relu: whether blocks have ReLU; the stem always has.
+        in_channels, image_size, num_classes: the data's.
+        width: channels of the first stage, doubled by each of the others (published: 64).
+    Raises:
+        ValueError: a size that is not an int of at least 1, or an image of fewer than 17 pixels a side: five layers of
+            stride 2 follow each other, and the last must have more than one pixel to halve.
     Source: torchvision's layout as OpenTCNN uses it for 32x32 images too (arXiv 2504.06881).
     """
-    check_sizes(in_channels=in_channels, num_classes=num_classes, width=width)
+    check_sizes(in_channels=in_channels, image_size=image_size, num_classes=num_classes, width=width)
+    if image_size < 17:
+        raise ValueError(f"image_size must be at least 17 for ResNet-18's five strides of 2, got {image_size}")
     stem = [nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     blocks: list[nn.Module] = []
     channels = width

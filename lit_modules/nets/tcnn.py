@@ -28,7 +28,7 @@ class TwoLayerTropicalCNN(nn.Module):
         batch_norm: BatchNorm after both layers.
         in_channels, image_size, num_classes: the data's.
     Raises:
-        ValueError: impossible sizes, an unknown kind or law.
+        ValueError: impossible sizes, an unknown kind, law, padding value or tie rule.
     Source: the co-author's code of arXiv 2103.02096.
     """
 
@@ -61,8 +61,16 @@ class TropicalLeNet5(nn.Module):
     """LeNet-5 with tropical layers: no activation behind them, ReLU in the fully connected part.
 
     tcnn1 to tcnn3 mirror net1 to net3; ctcnn are compound, ptcnn parallel, the constant ones have no mixing weights.
-    Arguments as TwoLayerTropicalCNN; bias and "fan_in" are the follow-up's.
 
+    Args:
+        layer1, layer2: kinds, see `lit_modules.nets.layers.LAYER_KINDS`, or "Conv2d".
+        bias: of the tropical layers (the follow-up: yes).
+        init: law of the tropical weights (the follow-up: "fan_in").
+        padding_value: what padded pixels hold (the follow-up: 0).
+        ties: who gets the gradient among equals (the follow-up: "split").
+        in_channels, image_size, num_classes: the data's; images of at least 12 pixels a side.
+    Raises:
+        ValueError: impossible sizes, an unknown kind, law, padding value or tie rule.
     Source: OpenTCNN's experiments (arXiv 2504.06881); ties are shared there, which "split" is.
     """
 
@@ -92,6 +100,13 @@ class TropicalLeNet5(nn.Module):
 class TropicalResNet18(nn.Module):
     """ResNet-18 with tropical 3x3 layers: "type1" has the second of each block tropical, "type2" both. No ReLU in blocks.
 
+    Args:
+        kind: of the tropical layers, see `lit_modules.nets.layers.LAYER_KINDS`.
+        block: "type1" or "type2".
+        in_channels, image_size, num_classes: the data's; images of at least 17 pixels a side.
+        width: channels of the first stage, doubled by each of the others (published: 64).
+    Raises:
+        ValueError: impossible sizes, an unknown kind or block.
     Source: OpenTCNN's experiments (arXiv 2504.06881); the 1x1 shortcuts stay ordinary there too.
     """
 
@@ -109,7 +124,8 @@ class TropicalResNet18(nn.Module):
             raise ValueError(f"block must be 'type1' or 'type2', got {block!r}")
         tropical = partial(make_layer, kind, init="fan_in", ties="split", conv_bias=False)
         first = tropical if block == "type2" else partial(nn.Conv2d, bias=False)
-        self.body = resnet18(first, tropical, relu=False, in_channels=in_channels, num_classes=num_classes, width=width)
+        shape: dict[str, Any] = {"in_channels": in_channels, "image_size": image_size, "num_classes": num_classes}
+        self.body = resnet18(first, tropical, relu=False, width=width, **shape)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Map images (B, C, H, W) to logits (B, K)."""

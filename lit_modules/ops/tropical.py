@@ -64,6 +64,7 @@ def tropical_conv2d(
         backend: "compiled" (CPU, float32 or float64), "portable" (any device and type), "reference" (slow) or "auto".
     Returns:
         y (B, F, H', W'), H' and W' as torch's conv2d. NaN comes out where NaN goes in. Memory is O(input + output).
+        As with torch, a batch of none gives an output of none, and gradients of 0.
     Raises:
         ValueError, TypeError: naming the argument and what it may be.
     Source: the co-author's code of arXiv 2103.02096 (six forms); OpenTCNN for arXiv 2504.06881 (channel weights). Groups,
@@ -77,6 +78,8 @@ def tropical_conv2d(
     padding = pair(padding, "padding", 0)
     padded_BCHW = _pad(x_BCHW, padding, padding_value, inner)
     geometry = _geometry(padded_BCHW, w_FCKL, stride, dilation, groups)
+    if x_BCHW.shape[0] == 0:
+        return _of_empty_batch((x_BCHW, w_FCKL, mix_FC, bias_F), (0, w_FCKL.shape[0], *geometry.output))
     chosen = _choose(backend, padded_BCHW, w_FCKL)
     if chosen == "reference":
         y_BFHW = conv2d_reference(padded_BCHW, w_FCKL, mix_FC, inner, outer, geometry, ties)
@@ -108,10 +111,16 @@ def tropical_matmul(
         raise ValueError("a tropical product over zero inputs has no value: K must be at least 1")
     lead = x_BK.shape[:-1]
     if 0 in lead:
-        return (x_BK.sum() + w_MK.sum()) * x_BK.new_zeros(*lead, w_MK.shape[0])
+        return _of_empty_batch((x_BK, w_MK), (*lead, w_MK.shape[0]))
     x_B11K = x_BK.reshape(-1, 1, 1, x_BK.shape[-1])
     y_BM11 = tropical_conv2d(x_B11K, w_MK[:, None, None, :], inner=kind, outer="sum", ties=ties, backend=backend)
     return y_BM11.reshape(*lead, w_MK.shape[0])
+
+
+def _of_empty_batch(operands: tuple[Tensor | None, ...], shape: tuple[int, ...]) -> Tensor:
+    """An output without elements that still depends on its operands, so that each of them gets a gradient of 0."""
+    given = [tensor for tensor in operands if tensor is not None]
+    return torch.stack([tensor.sum() for tensor in given]).sum() * given[0].new_zeros(shape)
 
 
 def _choose(backend: Backend, x_BCHW: Tensor, w_FCKL: Tensor) -> str:
@@ -171,7 +180,7 @@ def _check_tensors(
             f"{x_BCHW.shape[1]} input channels, {groups} groups and weight {tuple(w_FCKL.shape)} do not fit: "
             "the weight's second size is channels / groups, and groups must divide the filters"
         )
-    if 0 in w_FCKL.shape or x_BCHW.shape[0] == 0:
+    if 0 in w_FCKL.shape:
         raise ValueError(f"nothing to reduce: input {tuple(x_BCHW.shape)}, weight {tuple(w_FCKL.shape)}")
     if mix_FC is not None and outer != "sum":
         raise ValueError(f"mix weights the channels of a sum; with outer={outer!r} it has no meaning")

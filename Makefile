@@ -5,6 +5,8 @@ SHELL   := /bin/bash
 PROFILE ?= small
 SEEDS   ?=
 JOBS    ?=
+TRAINER ?= cpu
+RERUN   ?=
 DATA_ROOT ?=
 
 VENV := .venv
@@ -12,6 +14,7 @@ BIN  := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FIVEFOLD := $(BIN)/fivefold
 FLAGS := --profile $(PROFILE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS))
+RUN_FLAGS = $(FLAGS) --trainer $(TRAINER) $(if $(RERUN),$(if $(filter stale,$(RERUN)),--rerun-stale,$(error RERUN is 'stale' or nothing)))
 
 ifneq ($(strip $(DATA_ROOT)),)
 export DATA_ROOT
@@ -28,6 +31,8 @@ help: ## Say what each target does
 	@echo "  PROFILE=smoke|small|paper   how much is run (default small: real data, at most 20 minutes on 2 cores)"
 	@echo "  SEEDS=n                     seeds per cell instead of the profile's"
 	@echo "  JOBS=n                      processes at once, one thread each (default: one per core)"
+	@echo "  TRAINER=cpu|gpu|ddp         where cells run: on cores (default), on one GPU, or each on all GPUs"
+	@echo "  RERUN=stale                 run cells again whose code or settings have changed since"
 	@echo "  DATA_ROOT=folder            where data sets already lie or are to be put (default .data)"
 	@echo
 	@echo "Papers (N): 1 MoE upcycling, 2 face deblurring, 3 tropical CNNs, 4 Min-Max-Plus nets, 5 Auto-MAP."
@@ -47,13 +52,13 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/mypy
 
 plan-paper-%: $(STAMP) ## Show what reproduce-paper-N would do: done, stale, failed, to do, cost and ETA
-	@$(FIVEFOLD) plan $* $(FLAGS)
+	@$(FIVEFOLD) plan $* $(RUN_FLAGS)
 
 reproduce-paper-%: $(STAMP) ## Run what paper N's claims need, then write its tables, figures and verdicts
-	@$(FIVEFOLD) reproduce $* $(FLAGS)
+	@$(FIVEFOLD) reproduce $* $(RUN_FLAGS)
 
 reproduce-all: $(STAMP) ## The same for every paper that exists
-	@$(FIVEFOLD) reproduce all $(FLAGS)
+	@$(FIVEFOLD) reproduce all $(RUN_FLAGS)
 
 sweep-paper-%: $(STAMP) ## Optuna sweep over paper N's search space
 	@$(FIVEFOLD) sweep $* $(FLAGS)

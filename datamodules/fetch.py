@@ -1,6 +1,6 @@
 """The ways to a data set: `local`, `official`, `registry`. Each returns its four arrays and a sentence on where from.
 
-Each works inside a temporary folder that is removed whatever happens, so an interrupted download is never half-used.
+Each works inside a folder that is empty when it starts and removed afterwards, so a half download is never used.
 """
 
 from __future__ import annotations
@@ -46,18 +46,27 @@ def local(chosen: Dataset, root: Path, folder: Path, progress: bool) -> Found:
     Raises:
         NotThisWay: none are there.
     """
-    places = [root / chosen.name, root / TORCHVISION[chosen.name] / "raw", root / TORCHVISION[chosen.name], root]
-    for place in places:
-        if chosen.format == "idx" and (arrays := _read_idx_folder(place)):
-            return arrays, f"official files in {place.name}/ of the data root"
+    found = find_official(chosen, root)
+    if found is None:
+        raise NotThisWay(f"no official files under {root}")
+    if chosen.format == "idx":
+        return _read_idx_folder(found) or {}, f"official files in {found.name}/ of the data root"
+    if found.is_file():
+        _extract(found, folder)
+        return _read_cifar_batches(folder / "cifar-10-batches-py"), f"official archive {found.name}"
+    return _read_cifar_batches(found), f"official files {found.name}"
+
+
+def find_official(chosen: Dataset, root: Path) -> Path | None:
+    """Return where official files lie under the data root: a folder of idx files, or CIFAR-10's archive or folder."""
+    for place in (root / chosen.name, root / TORCHVISION[chosen.name] / "raw", root / TORCHVISION[chosen.name], root):
+        if chosen.format == "idx" and _idx_files(place):
+            return place
         if chosen.format == "cifar":
-            archive = place / "cifar-10-python.tar.gz"
-            if archive.is_file():
-                _extract(archive, folder)
-                return _read_cifar_batches(folder / "cifar-10-batches-py"), f"official archive {archive.name}"
-            if (place / "cifar-10-batches-py").is_dir():
-                return _read_cifar_batches(place / "cifar-10-batches-py"), "official files cifar-10-batches-py"
-    raise NotThisWay(f"no official files under {root}")
+            archive, batches = place / "cifar-10-python.tar.gz", place / "cifar-10-batches-py"
+            if archive.is_file() or batches.is_dir():
+                return archive if archive.is_file() else batches
+    return None
 
 
 def official(chosen: Dataset, root: Path, folder: Path, progress: bool) -> Found:
@@ -150,14 +159,19 @@ def _read_required_idx(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _read_idx_folder(folder: Path) -> dict[str, np.ndarray] | None:
-    """The four idx files of a folder, raw or .gz, or None if one is missing."""
-    arrays = {}
+    """The arrays of a folder's four idx files, raw or .gz, or None if one is missing."""
+    files = _idx_files(folder)
+    return {part: read_idx(file) for part, file in files.items()} if files else None
+
+
+def _idx_files(folder: Path) -> dict[str, Path] | None:
+    found = {}
     for part, name in IDX_FILES.items():
         file = next((f for f in (folder / name, folder / f"{name}.gz") if f.is_file()), None)
         if file is None:
             return None
-        arrays[part] = read_idx(file)
-    return arrays
+        found[part] = file
+    return found
 
 
 def read_idx(file: Path) -> np.ndarray:

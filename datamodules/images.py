@@ -6,6 +6,7 @@ Legend: N images, B batch, C channels, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,11 +16,26 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 SPLIT_SEED = 0  # the validation split is the same for every training seed, net and machine
 
 
-def split_indices(n: int, val_samples: int, train_samples: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Return (training, validation) indices of a fixed random split of n training images.
+@dataclass(frozen=True)
+class ImageSet:
+    """What a data set holds, known without loading it: numbers of images, and their channels, side and classes."""
 
-    The last `val_samples` of one fixed permutation are for validation; training takes the first `train_samples` of the
-    rest, or all of it. So a smaller training set is a part of a larger one, and validation never changes with it.
+    train: int
+    test: int
+    channels: int
+    image_size: int
+    classes: int
+
+
+IMAGE_SETS = {
+    "mnist": ImageSet(60_000, 10_000, 1, 28, 10),
+    "fashion_mnist": ImageSet(60_000, 10_000, 1, 28, 10),
+    "cifar10": ImageSet(50_000, 10_000, 3, 32, 10),
+}
+
+
+def check_split(n: int, val_samples: int, train_samples: int | None = None) -> None:
+    """Check that n training images can be split so.
 
     Raises:
         ValueError: sizes that leave nothing, or ask for more than there is.
@@ -31,6 +47,19 @@ def split_indices(n: int, val_samples: int, train_samples: int | None = None) ->
         raise ValueError(
             f"train_samples must lie between 1 and {rest} ({n} less {val_samples} for validation), got {train_samples}"
         )
+
+
+def split_indices(n: int, val_samples: int, train_samples: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return (training, validation) indices of a fixed random split of n training images.
+
+    The last `val_samples` of one fixed permutation are for validation; training takes the first `train_samples` of the
+    rest, or all of it. So a smaller training set is a part of a larger one, and validation never changes with it.
+
+    Raises:
+        ValueError: sizes that leave nothing, or ask for more than there is.
+    """
+    check_split(n, val_samples, train_samples)
+    rest = n - val_samples
     order = np.random.default_rng(SPLIT_SEED).permutation(n)
     return order[:rest][:train_samples], order[rest:]
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import shutil
 import sys
-import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ ATTEMPTS = 2
 
 class DataUnavailable(RuntimeError):
     """No way led to the data set; the message lists each way and what it said."""
+
+
+class UnknownData(ValueError):
+    """A data set, or a way to one, that does not exist; the message names the nearest that does."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +132,17 @@ def dataset(name: str) -> Dataset:
     """Return a registered data set.
 
     Raises:
-        ValueError: unknown name, nearest one included.
+        UnknownData: unknown name, nearest one included.
     """
     if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.3)
-        hint = f"did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"unknown data set '{name}'; {hint} known: {', '.join(DATASETS)}")
+        raise UnknownData(f"unknown data set '{name}';{_hint(name, DATASETS)}")
     return DATASETS[name]
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
+    return (f" did you mean '{near[0]}'?" if near else "") + f" known: {', '.join(names)}"
 
 
 def data_sha256(name: str) -> str:
@@ -146,10 +155,19 @@ def data_root() -> Path:
     return Path(os.environ.get("DATA_ROOT") or PROJECT / ".data")
 
 
-def cache_root() -> Path:
-    """Return where converted copies are kept: the data root, or .data in the project if that cannot be written."""
+def cache_root(probe: bool = True) -> Path:
+    """Return where converted copies are kept: the data root, or .data in the project if that cannot be written.
+
+    Args:
+        probe: False to judge by permissions alone and write nothing.
+    """
     root = data_root()
-    return PROJECT / ".data" if _is_read_only(root) else root
+    return PROJECT / ".data" if (_is_read_only if probe else _looks_read_only)(root) else root
+
+
+def _looks_read_only(root: Path) -> bool:
+    there = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
+    return not (os.access(there, os.W_OK) and there.stat().st_mode & 0o200)
 
 
 def _is_read_only(root: Path) -> bool:
@@ -170,21 +188,34 @@ def load_images(name: str, root: Path | None = None, fetch: bool = True, progres
     Args:
         name: "mnist", "fashion_mnist" or "cifar10".
         root: where official files may lie; default `data_root()`.
-        fetch: False to use only what is on this machine.
+        fetch: False to use only what is on this machine; where that is nothing, nothing is written.
         progress: show a bar while fetching.
     Raises:
-        ValueError: unknown name.
+        UnknownData: unknown name, or an unknown way in FIVEFOLD_DATA_SOURCES.
         DataUnavailable: nothing led to the data.
     """
     chosen = dataset(name)
-    cache = (root or cache_root()) / f"{name}.npz"
+    allowed = _ways(fetch)
+    cache = (root or cache_root(probe=fetch)) / f"{name}.npz"
     cached = _read_cache(chosen, cache)
     if cached is not None:
         return cached
+    if not fetch:
+        _need_official_files(chosen, root or data_root(), allowed)
     cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(cache.with_suffix(".lock")):
         cached = _read_cache(chosen, cache)  # another process may have made it meanwhile
-        return cached if cached is not None else _fetch(chosen, cache, root or data_root(), fetch, progress)
+        return cached if cached is not None else _fetch(chosen, cache, root or data_root(), allowed, progress)
+
+
+def _need_official_files(chosen: Dataset, root: Path, allowed: list[str]) -> None:
+    """Refuse before anything is written."""
+    from datamodules import fetch as ways
+
+    if "local" in allowed and ways.find_official(chosen, root):
+        return
+    said = [f"local: no official files under {root}"] if "local" in allowed else []
+    raise DataUnavailable(_advice(chosen, root, said))
 
 
 def _read_cache(chosen: Dataset, cache: Path) -> ImageArrays | None:
@@ -203,15 +234,16 @@ def _read_cache(chosen: Dataset, cache: Path) -> ImageArrays | None:
     return _with_card(chosen, arrays, source)
 
 
-def _fetch(chosen: Dataset, cache: Path, root: Path, fetch: bool, progress: bool) -> ImageArrays:
+def _fetch(chosen: Dataset, cache: Path, root: Path, allowed: list[str], progress: bool) -> ImageArrays:
+    """The caller holds the lock, so that the names of the folder and of the file to be renamed can be fixed ones."""
     from datamodules import fetch as ways
 
     said = []
-    for way in _ways(fetch):
+    for way in allowed:
         for attempt in range(1 if way == "local" else ATTEMPTS):
             try:
-                with tempfile.TemporaryDirectory(prefix="fivefold-data-") as folder:
-                    arrays, source = _function(ways, way)(chosen, root, Path(folder), progress)
+                with _empty_folder(cache.absolute().with_name(f".fetch-{chosen.name}")) as folder:
+                    arrays, source = _function(ways, way)(chosen, root, folder, progress)
                 check(chosen, arrays)
                 _write_cache(cache, arrays, source)
                 return _with_card(chosen, arrays, source)
@@ -223,12 +255,24 @@ def _fetch(chosen: Dataset, cache: Path, root: Path, fetch: bool, progress: bool
     raise DataUnavailable(_advice(chosen, root, said))
 
 
+@contextmanager
+def _empty_folder(folder: Path) -> Iterator[Path]:
+    """A folder of a fixed name: what a killed process left in it is cleared by the next one."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _ways(fetch: bool) -> list[str]:
     asked = os.environ.get("FIVEFOLD_DATA_SOURCES")
     ways = [way.strip() for way in asked.split(",")] if asked else list(WAYS)
-    unknown = set(ways) - set(WAYS)
-    if unknown:
-        raise ValueError(f"FIVEFOLD_DATA_SOURCES: unknown {', '.join(sorted(unknown))}; known: {', '.join(WAYS)}")
+    for way in ways:
+        if way not in WAYS:
+            raise UnknownData(f"FIVEFOLD_DATA_SOURCES: unknown way '{way}';{_hint(way, WAYS)}")
     return ways if fetch else [way for way in ways if way == "local"]
 
 
@@ -251,7 +295,7 @@ def check(chosen: Dataset, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _write_cache(cache: Path, arrays: dict[str, np.ndarray], source: str) -> None:
-    temporary = cache.with_name(f".{cache.name}.{uuid.uuid4().hex}.tmp")
+    temporary = cache.with_name(f".{cache.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             np.savez(file, source=np.array(source), **{part: arrays[part] for part in PARTS})  # type: ignore[arg-type]

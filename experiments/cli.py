@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(
     help="Reproduce five papers' ablations, with verdicts, and see where each number came from.",
@@ -14,7 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = Console(emoji=False)
 
 Paper = Annotated[str, typer.Argument(help="Paper number 1 to 5, its key, or 'all'.")]
 Profile = Annotated[str, typer.Option(help="How much is run: smoke, small or paper.")]
@@ -23,6 +25,7 @@ OneSeed = Annotated[list[int] | None, typer.Option("--seed", min=0, help="Only t
 Jobs = Annotated[int | None, typer.Option(min=1, help="Processes at once; default one per core.")]
 Only = Annotated[list[str] | None, typer.Option(help="Only this ablation; may be repeated.")]
 OnlyData = Annotated[list[str] | None, typer.Option("--data", help="Only this data set; may be repeated.")]
+Trainer = Annotated[str, typer.Option(help="Where cells run: cpu, gpu (one) or ddp (all GPUs).")]
 Stale = Annotated[bool, typer.Option("--rerun-stale", help="Run cells again whose code or settings have changed.")]
 
 
@@ -35,6 +38,7 @@ def plan(
     jobs: Jobs = None,
     only: Only = None,
     data: OnlyData = None,
+    trainer: Trainer = "cpu",
     rerun_stale: Stale = False,
 ) -> None:
     """Show what is done, stale, failed and to do, with parameters, operations and an ETA. Runs nothing."""
@@ -42,8 +46,9 @@ def plan(
     from experiments.executors import default_jobs
     from experiments.summary import print_plan
 
+    selection = _selection(profile, seeds, seed, only, data, trainer)
     for spec in _specs(paper):
-        found = graph.plan(spec, _selection(profile, seeds, seed, only, data), _places(profile).runs, rerun_stale)
+        found = graph.plan(spec, selection, _places(profile).runs, rerun_stale)
         print_plan(console, found, jobs or default_jobs())
 
 
@@ -56,14 +61,15 @@ def reproduce(
     jobs: Jobs = None,
     only: Only = None,
     data: OnlyData = None,
+    trainer: Trainer = "cpu",
     rerun_stale: Stale = False,
 ) -> None:
     """Run what a paper's claims need and is not done yet, then write tables, figures and verdicts."""
     from experiments.reproduce import Reproduction
 
     status = 0
+    selection = _selection(profile, seeds, seed, only, data, trainer)
     for spec in _specs(paper):
-        selection = _selection(profile, seeds, seed, only, data)
         status |= Reproduction(spec, selection, _places(profile), console, jobs, rerun_stale).run()
     raise typer.Exit(status)
 
@@ -74,9 +80,10 @@ def report(profile: Profile = "small", seeds: Seeds = None, jobs: Jobs = None) -
     from experiments.reproduce import Reproduction
     from experiments.summary import print_verdicts
 
+    selection = _selection(profile, seeds)
     for spec in _specs("all"):
-        reproduction = Reproduction(spec, _selection(profile, seeds, None, None, None), _places(profile), console)
-        print_verdicts(console, spec, reproduction.report(), reproduction.places.results)
+        reproduction = Reproduction(spec, selection, _places(profile), console)
+        print_verdicts(console, spec, reproduction.report(), reproduction.results)
 
 
 @app.command()
@@ -86,8 +93,10 @@ def explain(
     seeds: Seeds = None,
 ) -> None:
     """Say what a claim means, how it is decided, and every number behind its verdict."""
+    from experiments.claims import PROFILES
     from experiments.inspection import explain_claim
 
+    _check("profile", [profile], PROFILES)
     explain_claim(console, claim, _places(profile), profile, seeds)
 
 
@@ -121,6 +130,7 @@ def data(
     """Fetch and check data sets, and say what each is: size, hash, licence, and where it came from."""
     from experiments.inspection import show_data
 
+    _check("data set", names or (), _stems("data"))
     raise typer.Exit(0 if show_data(console, names, check) else 1)
 
 
@@ -148,26 +158,34 @@ def bench() -> None:
 def sweep(paper: Paper, profile: Profile = "small", seeds: Seeds = None, jobs: Jobs = None) -> None:
     """Optuna sweep over a paper's search space."""
     from experiments.errors import UserError
+    from experiments.summary import from_shell
 
     for spec in _specs(paper):
         raise UserError(
             f"paper {spec.number} ({spec.key}) has no Optuna search space yet; "
-            f"its learning-rate grids run by `python -m sweeps.grid {spec.key} NAME`, see sweeps/spaces/{spec.key}/"
+            f"its grids run by `{from_shell('python')} -m sweeps.grid {spec.key} NAME`, see sweeps/spaces/{spec.key}/"
         )
 
 
 def main() -> None:
     """Entry point: errors that a user can mend are one message, not a traceback."""
-    from experiments.errors import UserError
-
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     try:
         app()
-    except UserError as error:
-        console.print(f"[bold]fivefold:[/] {error}", soft_wrap=True, highlight=False)
-        raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except Exception as error:
+        if not isinstance(error, _mendable()):
+            raise
+        console.print(f"[bold]fivefold:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        raise SystemExit(2) from None
+
+
+def _mendable() -> tuple[type[Exception], ...]:
+    from datamodules.sources import DataUnavailable, UnknownData
+    from experiments.errors import UserError
+
+    return UserError, DataUnavailable, UnknownData
 
 
 def _specs(paper: str) -> list:
@@ -188,14 +206,32 @@ def _specs(paper: str) -> list:
     return [load_paper(paper)]
 
 
-def _selection(profile, seeds, seed, only, data):
-    from experiments.errors import UserError
+def _selection(profile, seeds, seed=None, only=None, data=None, trainer="cpu"):
+    """What was asked for, every name checked that does not depend on the paper."""
+    from experiments.claims import PROFILES
     from experiments.graph import Selection
+
+    _check("profile", [profile], PROFILES)
+    _check("data set", data or (), _stems("data"))
+    _check("trainer", [trainer], _stems("trainer"))
+    return Selection(profile, seeds, tuple(seed or ()), tuple(only or ()), tuple(data or ()), trainer=trainer)
+
+
+def _check(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse the first name that is not known, with the nearest that is."""
+    from experiments.errors import UserError
     from experiments.schema import nearest
 
-    if profile not in ("smoke", "small", "paper"):
-        raise UserError(f"unknown profile '{profile}'{nearest(profile, ('smoke', 'small', 'paper'))}")
-    return Selection(profile, seeds, tuple(seed or ()), tuple(only or ()), tuple(data or ()))
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown {what} '{name}'{nearest(name, known)}")
+
+
+def _stems(group: str) -> list[str]:
+    from experiments.cell import CONF
+
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
 def _places(profile: str):

@@ -26,6 +26,7 @@ PRELOAD = [
     "experiments.cli",
     "experiments.tracking_logger",
     "lit_modules.tropical_cnn",
+    "lit_modules.min_max_plus",
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.system_metrics.system_metrics_monitor",
 ]

@@ -98,7 +98,8 @@ def _execute(cell: Cell, folder: Path, store: tracking.Store | None, parent: tup
     config = cell.config
     data: PaperData = instantiate(config["datamodule"])
     data.setup("fit")
-    manifest = provenance.manifest() | _identity(cell) | {"data_cards": [data.card.to_dict()]}
+    made = {"data_cards": [data.card.to_dict()], "trainer": config["trainer"]}
+    manifest = provenance.manifest() | _identity(cell) | made
     earlier = read_json(folder / "manifest.json")
     experiment_id, parent_id = parent or ("", "")
     write_atomically(folder / "config.yaml", yaml.safe_dump(cell.hashed, sort_keys=False))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from experiments.claims import PaperSpec
@@ -14,6 +16,14 @@ from experiments.graph import Node, Plan
 from experiments.watch import clock
 
 STATES = ("done", "running", "stale", "failed", "not run")
+
+
+def from_shell(command: str) -> str:
+    """Return a command as a person can type it in the project's folder: by its path where it is not on PATH, or where it
+    is python, of which any may be there.
+    """
+    program = command.split(maxsplit=1)[0]
+    return command if program != "python" and shutil.which(program) else f".venv/bin/{command}"
 
 
 def print_plan(console: Console, plan: Plan, jobs: int) -> None:
@@ -35,7 +45,7 @@ def print_plan(console: Console, plan: Plan, jobs: int) -> None:
             if priced
             else ["", "", ""]
         )
-        table.add_row(ablation, data, *[str(count) if count else "·" for count in counts], *prices)
+        table.add_row(escape(ablation), escape(data), *[str(count) if count else "·" for count in counts], *prices)
     console.print(table)
     total = {state: len(plan.of(state)) for state in STATES}
     console.print(", ".join(f"{count} {state}" for state, count in total.items() if count) or "no cells")
@@ -45,14 +55,17 @@ def print_plan(console: Console, plan: Plan, jobs: int) -> None:
             soft_wrap=True,
         )
     if plan.of("stale") and not plan.rerun_stale:
-        console.print("Stale cells ran with other code or settings; `--rerun-stale` runs them again.")
+        console.print(
+            "Stale cells ran with other code or settings; `--rerun-stale` (make: RERUN=stale) runs them again.",
+            soft_wrap=True,
+        )
 
 
 def print_verdicts(console: Console, spec: PaperSpec, verdicts: list[dict[str, Any]], results: Path) -> None:
     """Print one row per claim, then where the tables, figures and runs are."""
     table = Table(
         header_style="bold",
-        title=f"{spec.title} (arXiv {spec.arxiv})",
+        title=escape(f"{spec.title} (arXiv {spec.arxiv})"),
         title_justify="left",
         show_lines=False,
     )
@@ -60,10 +73,10 @@ def print_verdicts(console: Console, spec: PaperSpec, verdicts: list[dict[str, A
     table.add_column("verdict", no_wrap=True)
     table.add_column("why", overflow="fold")
     for verdict in verdicts:
-        table.add_row(verdict["id"], verdict["verdict"], verdict["reason"])
+        table.add_row(*(escape(verdict[name]) for name in ("id", "verdict", "reason")))
     console.print(table)
     if (results / spec.key).exists():
-        console.print(f"Tables and figures: {results / spec.key}", soft_wrap=True)
+        console.print(f"Tables and figures: {results / spec.key}", soft_wrap=True, markup=False)
     if (results / "report.html").exists():
-        console.print(f"Every number with its runs: {results / 'report.html'}", soft_wrap=True)
+        console.print(f"Every number with its runs: {results / 'report.html'}", soft_wrap=True, markup=False)
     console.print("Compare the runs in a browser: make ui")

@@ -1,4 +1,4 @@
-"""A grid over one setting, the same for every net, decided on validation: how the tuned recipes were tuned.
+"""A grid over settings, the same for every net, decided on validation or training data: how the tuned recipes were tuned.
 
     python -m sweeps.grid tropical_cnn learning_rate_mnist
 
@@ -9,123 +9,240 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from experiments.cell import Cell, resolve
 from experiments.errors import UserError
 from experiments.executors import Job, LocalPool, default_jobs
 from experiments.records import CellKey
+from experiments.schema import hashed_keys, nearest, validate
 from experiments.store import read_run, write_atomically
 
 SPACES = Path(__file__).parent / "spaces"
+DIRECTIONS = {"higher": max, "lower": min}
+Combination = tuple[Any, ...]  # one value per axis, in the order of Grid.axes
 
 
 @dataclass(frozen=True)
 class Grid:
-    """One setting's values, tried for every ablation on the same seeds; `metric` must be a validation metric."""
+    """Settings and their values, every combination tried for every ablation on the same seeds.
+
+    `axes` maps a key of the resolved configuration, such as optim.optimizer.lr, to its values; `metric` is measured on
+    validation or training data, never on test data.
+    """
 
     paper: str
     data: str
     profile: str
     ablations: list[str]
-    path: str
-    values: list[float]
+    axes: dict[str, list[Any]]
     seeds: list[int]
     metric: str
     direction: str
+
+    def __post_init__(self) -> None:
+        if not self.metric.startswith(("val/", "train/")):
+            raise UserError(f"selection is by a val/ or train/ metric, never on test data; {self.metric} is neither")
+        if self.direction not in DIRECTIONS:
+            raise UserError(f"unknown direction '{self.direction}'{nearest(self.direction, DIRECTIONS)}")
+        empty = [name for name in ("ablations", "axes", "seeds") if not getattr(self, name)]
+        empty += [path for path, values in self.axes.items() if not values]
+        if empty:
+            raise UserError(f"nothing to try: {', '.join(empty)} empty")
+        for path, values in self.axes.items():
+            if any(isinstance(value, list | dict) for value in values):
+                raise UserError(f"axis {path}: a value is a number, a word or a truth value, not a list or a mapping")
 
     @classmethod
     def load(cls, paper: str, space: str) -> Grid:
         """Read sweeps/spaces/<paper>/<space>.yaml.
 
         Raises:
-            UserError: no such file, or a metric that is not measured on validation data.
+            UserError: no such file, a key too many or too few, or a metric of test data.
         """
         file = SPACES / paper / f"{space}.yaml"
         if not file.is_file():
-            known = ", ".join(f.stem for f in (SPACES / paper).glob("*.yaml")) or "none"
-            raise UserError(f"no search space {file.name} for {paper}; there are: {known}")
-        grid = cls(**yaml.safe_load(file.read_text()))
-        if not grid.metric.startswith("val/"):
-            raise UserError(f"{file.name}: selection is on validation only, and {grid.metric} is not a val/ metric")
-        return grid
+            known = [f.stem for f in (SPACES / paper).glob("*.yaml")]
+            raise UserError(f"there is no search space '{space}' for {paper}{nearest(space, known)}")
+        read, names = yaml.safe_load(file.read_text()), [field.name for field in fields(cls)]
+        for name in read:
+            if name not in names:
+                raise UserError(f"{file.name}: unknown key '{name}'{nearest(name, names)}")
+        if missing := [name for name in names if name not in read]:
+            raise UserError(f"{file.name}: missing {', '.join(missing)}")
+        try:
+            return cls(**read)
+        except UserError as error:
+            raise UserError(f"{file.name}: {error}") from None
 
-    def cell(self, ablation: str, value: float, seed: int) -> Cell:
-        """Return the cell of one trial: the ablation's, with the setting replaced and nothing tracked."""
+    @property
+    def combinations(self) -> list[Combination]:
+        """The full product of the axes, the last one running fastest."""
+        return list(itertools.product(*self.axes.values()))
+
+    def named(self, combination: Combination) -> dict[str, Any]:
+        """Return a combination as {path: value}."""
+        return dict(zip(self.axes, combination, strict=True))
+
+    def cell(self, ablation: str, combination: Combination, seed: int) -> Cell:
+        """Return the cell of one trial: the ablation's, with the settings replaced.
+
+        Raises:
+            UserError: an axis that the ablation's configuration does not have, or that does not change what is computed.
+            ConfigError: an impossible value.
+        """
         cell = resolve(CellKey(self.paper, ablation, self.data, seed, self.profile))
-        *parents, leaf = self.path.split(".")
-        node = cell.config
-        for name in parents:
-            node = node[name]
-        node[leaf] = value
+        for path, value in self.named(combination).items():
+            set_leaf(cell.config, path, value, ablation)
+        validate(cell.config, f"{ablation} with {describe(self.named(combination))}")
         return cell
+
+
+def set_leaf(config: dict[str, Any], path: str, value: Any, origin: str) -> None:
+    """Replace a setting of a resolved configuration, in place.
+
+    Raises:
+        UserError: there is no such setting, or none that enters a cell's signature; nearest valid key included.
+    """
+    *parents, leaf = path.split(".")
+    node: Any = config
+    for depth, name in enumerate([*parents, leaf]):
+        known = node if isinstance(node, Mapping) else {}
+        if depth == 0:
+            known = {key: known[key] for key in hashed_keys() if key in known}
+        if name not in known:
+            raise UserError(
+                f"axis {path}: {origin} has no key '{'.'.join([*parents, leaf][: depth + 1])}'{nearest(name, known)}"
+            )
+        if depth < len(parents):
+            node = node[name]
+    node[leaf] = value
+
+
+def describe(settings: Mapping[str, Any]) -> str:
+    """Return "path = value, path = value"."""
+    return ", ".join(
+        f"{path} = {value:g}" if isinstance(value, float) else f"{path} = {value}" for path, value in settings.items()
+    )
 
 
 @dataclass(frozen=True)
 class Trial:
-    """The outcome of one cell of the grid."""
+    """The outcome of one cell of the grid; a failed one has no score."""
 
     ablation: str
-    value: float
+    combination: Combination
     seed: int
     score: float | None
 
 
-def run_grid(grid: Grid, runs: Path, table_file: Path, console: Console, jobs: int | None = None) -> dict[str, float]:
-    """Run what is missing of the grid, write its trials as CSV, and return the chosen value of each ablation.
+def run_grid(
+    grid: Grid, runs: Path, table_file: Path, console: Console, jobs: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Run what is missing of the grid, write its trials as CSV, and return the chosen settings of each ablation.
 
     A trial that failed (a diverging rate, say) has no score and cannot be chosen.
+
+    Raises:
+        UserError: another command is running some of the trials, or all trials of an ablation failed.
     """
-    trials = [(a, v, s) for s in grid.seeds for a in grid.ablations for v in grid.values]
-    cells = {trial: grid.cell(*trial) for trial in trials}
+    from datamodules.catalogue import card_of
+
+    cells = {
+        (a, c, s): grid.cell(a, c, s) for s in grid.seeds for a in grid.ablations for c in grid.combinations
+    }  # all of them resolved before anything runs
+    card_of(grid.data)
+    trials: dict[tuple[str, Combination, int], Trial] = {}
     pool = LocalPool(jobs or default_jobs())
-    waiting = {pool.submit(Job(cell, runs, tracked=False)) for cell in cells.values()}
-    with Progress(console=console) as progress:
-        bar = progress.add_task("trials", total=len(waiting))
-        while waiting:
-            finished = pool.poll(timeout_s=1)
-            waiting -= {f.handle for f in finished}
-            progress.advance(bar, len(finished))
-    done = []
-    for (ablation, value, seed), cell in cells.items():
-        record = read_run(runs / cell.signature)
-        done.append(Trial(ablation, value, seed, record.metrics.get(grid.metric)))
+    waiting = {cell.signature: cell for cell in cells.values()}
+    try:
+        with Progress(console=console) as progress:
+            bar = progress.add_task("trials", total=len(waiting))
+            for cell in waiting.values():
+                pool.submit(Job(cell, runs, tracked=False))
+            while waiting:
+                for finished in pool.poll(timeout_s=1):
+                    del waiting[finished.handle]
+                    progress.advance(bar)
+                    if finished.outcome == "busy":
+                        raise UserError("another command is running some of these trials; try again after it")
+                    for trial in [t for t, cell in cells.items() if cell.signature == finished.handle]:
+                        trials[trial] = outcome = Trial(*trial, _score(grid, runs / finished.handle))
+                        progress.console.print(escape(_line(grid, outcome)), soft_wrap=True, highlight=False)
+    finally:
+        pool.close()
+    done = [trials[trial] for trial in cells]
     write_atomically(table_file, table(grid, done))
     return choose(grid, done)
 
 
-def choose(grid: Grid, trials: list[Trial]) -> dict[str, float]:
-    """Return the value with the best mean score of each ablation; a value with a failed trial is out."""
-    scores: dict[tuple[str, float], list[float | None]] = defaultdict(list)
+def _score(grid: Grid, folder: Path) -> float | None:
+    record = read_run(folder)
+    if record.state == "done" and grid.metric not in record.metrics:
+        raise UserError(f"no run measures {grid.metric}{nearest(grid.metric, record.metrics)}")
+    return record.metrics.get(grid.metric)
+
+
+def _line(grid: Grid, trial: Trial) -> str:
+    outcome = "failed" if trial.score is None else f"{grid.metric} {trial.score:.4f}"
+    return f"{trial.ablation}, {describe(grid.named(trial.combination))}, seed {trial.seed}: {outcome}"
+
+
+def choose(grid: Grid, trials: list[Trial]) -> dict[str, dict[str, Any]]:
+    """Return {path: value} of the combination with the best mean score, for each ablation.
+
+    A combination with a failed trial is out; of equal ones the first in the grid is taken.
+
+    Raises:
+        UserError: an ablation of which no combination is left.
+    """
+    best = _best(grid, trials)
+    for ablation in grid.ablations:
+        if ablation not in best:
+            raise UserError(f"every combination has a failed trial of {ablation}: nothing to choose from")
+    return {ablation: grid.named(combination) for ablation, combination in best.items()}
+
+
+def _best(grid: Grid, trials: list[Trial]) -> dict[str, Combination]:
+    """The best combination of each ablation that has one without a failed trial."""
+    scores: dict[tuple[str, Combination], list[float | None]] = defaultdict(list)
     for trial in trials:
-        scores[trial.ablation, trial.value].append(trial.score)
+        scores[trial.ablation, trial.combination].append(trial.score)
     best = {}
     for ablation in grid.ablations:
-        means = {v: fmean(s) for (a, v), s in scores.items() if a == ablation and s and None not in s}  # type: ignore[type-var]
-        if not means:
-            raise UserError(f"every trial of {ablation} failed: nothing to choose from")
-        best[ablation] = (max if grid.direction == "higher" else min)(means, key=lambda value: means[value])
+        means: dict[Combination, float] = {}
+        for combination in grid.combinations:
+            found = scores[ablation, combination]
+            whole = [score for score in found if score is not None]
+            if whole and len(whole) == len(found):
+                means[combination] = fmean(whole)
+        if means:
+            best[ablation] = DIRECTIONS[grid.direction](means, key=lambda combination: means[combination])
     return best
 
 
 def table(grid: Grid, trials: list[Trial]) -> str:
-    """Return the trials as CSV: ablation, the setting, seed, score, and whether the value was chosen."""
-    chosen = choose(grid, trials)
+    """Return the trials as CSV: ablation, one column per axis, seed, score, and whether the combination was chosen."""
+    best = _best(grid, trials)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["paper", "data", "profile", "ablation", grid.path, "seed", grid.metric, "chosen"])
+    writer.writerow(["paper", "data", "profile", "ablation", *grid.axes, "seed", grid.metric, "chosen"])
     for t in trials:
         score = "" if t.score is None else f"{t.score:.4f}"
-        mark = "yes" if chosen[t.ablation] == t.value else ""
-        writer.writerow([grid.paper, grid.data, grid.profile, t.ablation, t.value, t.seed, score, mark])
+        mark = "yes" if best.get(t.ablation) == t.combination else ""
+        writer.writerow([grid.paper, grid.data, grid.profile, t.ablation, *t.combination, t.seed, score, mark])
     return text.getvalue()
 
 
@@ -133,12 +250,17 @@ def main(paper: str, space: str) -> None:
     """Run a space of sweeps/spaces/<paper>/ and print what was chosen."""
     from experiments.reproduce import Places
 
-    console, places = Console(), Places.default()
+    console, places = Console(emoji=False), Places.default()
     grid = Grid.load(paper, space)
     chosen = run_grid(grid, places.runs, places.results / paper / f"tuning_{space}.csv", console)
-    for ablation, value in chosen.items():
-        console.print(f"{ablation}: {grid.path} = {value:g}")
+    for ablation, settings in chosen.items():
+        console.print(escape(f"{ablation}: {describe(settings)}"), soft_wrap=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    from datamodules.sources import DataUnavailable, UnknownData
+
+    try:
+        main(*sys.argv[1:])
+    except (UserError, DataUnavailable, UnknownData) as error:
+        raise SystemExit(f"sweeps.grid: {error}") from None

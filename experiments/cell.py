@@ -6,6 +6,7 @@ the same signature are the same experiment: one is run, the other is answered fr
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -42,12 +44,10 @@ class Cell:
     @cached_property
     def signature(self) -> str:
         """First 20 hex digits of the sha256 over configuration, code and data."""
-        from datamodules.catalogue import content_sha256
-
         parts = {
             "config": self.hashed,
             "code": digest(closure(sorted(set(targets_of(self.hashed))))),
-            "data": content_sha256(self.key.data),
+            "data": _data_sha256(self.key.data),
         }
         return hashlib.sha256(canonical(parts).encode()).hexdigest()[:20]
 
@@ -58,6 +58,16 @@ class Cell:
             f"fivefold reproduce {self.key.paper} --only {self.key.ablation} --data {self.key.data} "
             f"--seed {self.key.seed} --profile {self.key.profile}"
         )
+
+
+def _data_sha256(name: str) -> str:
+    from datamodules.sources import DATASETS, data_sha256
+
+    if name in DATASETS:
+        return data_sha256(name)
+    from datamodules.catalogue import content_sha256  # generated data need torch, whose import takes seconds
+
+    return content_sha256(name)
 
 
 def canonical(value: Any) -> str:
@@ -93,39 +103,115 @@ def ablations(paper: str, conf: Path = CONF) -> list[str]:
     return sorted(file.stem for file in (conf / "ablation" / paper).glob("*.yaml"))
 
 
-def resolve(key: CellKey, conf: Path = CONF) -> Cell:
+def resolve(key: CellKey, conf: Path = CONF, trainer: str = "cpu") -> Cell:
     """Compose, resolve and validate the configuration of a cell.
 
+    Args:
+        key: which cell.
+        conf: the folder of configuration files.
+        trainer: where it runs, a file of conf/trainer. It does not enter the signature.
     Raises:
-        ConfigError: an unknown ablation, data set, profile or key, or an impossible value; nearest valid names included.
+        ConfigError: an unknown ablation, data set, profile, trainer or key, or an impossible value; nearest valid names
+            included.
     """
-    composed = _compose(key.paper, key.ablation, key.data, key.profile, conf)
     origin = f"{key.ablation} on {key.data} ({key.profile})"
-    try:
-        seeded = OmegaConf.merge(composed, {"seed": key.seed})
-        config = OmegaConf.to_container(seeded, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{origin}: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, dict)
-    named = {str(name): value for name, value in config.items()}
-    validate(named, origin)
-    return Cell(key, named)
+    template = _template(key.paper, key.ablation, key.data, key.profile, conf, trainer)
+    config = template.config_of(key.seed) if template else _resolved(key, conf, trainer, key.seed)
+    validate(config, origin)
+    return Cell(key, config)
+
+
+@dataclass(frozen=True)
+class _Template:
+    """A resolved configuration and the places in it that hold the seed and nothing else."""
+
+    config: dict[str, Any]
+    places: tuple[tuple[str | int, ...], ...]
+
+    def config_of(self, seed: int) -> dict[str, Any]:
+        """Return a copy for this seed."""
+        filled = copy.deepcopy(self.config)
+        for *parents, last in self.places:
+            node: Any = filled
+            for part in parents:
+                node = node[part]
+            node[last] = seed
+        return filled
+
+
+PROBES = (1_073_741_827, 2_147_483_659)  # two seeds that no one uses
 
 
 @cache
-def _compose(paper: str, ablation: str, data: str, profile: str, conf: Path) -> DictConfig:
-    """Compose the files once for all seeds; interpolations are resolved later, per seed."""
+def _template(paper: str, ablation: str, data: str, profile: str, conf: Path, trainer: str) -> _Template | None:
+    """Resolve for two seeds, which is slow, so that no other seed needs it; None if more than the seed itself changes."""
+    key = CellKey(paper, ablation, data, 0, profile)
+    first, second = (_resolved(key, conf, trainer, seed) for seed in PROBES)
+    places = _changes(first, second)
+    return None if places is None else _Template(first, tuple(places))
+
+
+def _changes(first: Any, second: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]] | None:
+    """The paths at which one probe stands in the place of the other; None where anything else differs."""
+    if isinstance(first, dict) and isinstance(second, dict) and list(first) == list(second):
+        parts = [_changes(first[name], second[name], (*path, name)) for name in first]
+    elif isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
+        parts = [_changes(a, b, (*path, i)) for i, (a, b) in enumerate(zip(first, second, strict=True))]
+    elif type(first) is type(second) and (first == second or first is second):
+        return []
+    else:
+        return [path] if (first, second) == PROBES else None
+    found = [part for part in parts if part is not None]
+    return [place for part in found for place in part] if len(found) == len(parts) else None
+
+
+def _resolved(key: CellKey, conf: Path, trainer: str, seed: int) -> dict[str, Any]:
+    composed = _compose(key.paper, key.ablation, key.data, key.profile, conf, trainer)
+    try:
+        seeded = OmegaConf.merge(composed, {"seed": seed})
+        config = OmegaConf.to_container(seeded, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key.ablation} on {key.data} ({key.profile}): {_explain(composed, key, error)}") from error
+    assert isinstance(config, dict)
+    return {str(name): value for name, value in config.items()}
+
+
+def _explain(composed: DictConfig, key: CellKey, error: OmegaConfBaseException) -> str:
+    """Say which key is at fault. `budget` is looked up by `family`, so a wrong family shows as a missing budget."""
+    line = str(error).splitlines()[0]
+    budgets, family = OmegaConf.select(composed, "profile.budgets"), OmegaConf.select(composed, "family")
+    if "profile.budgets" in line and isinstance(budgets, DictConfig):
+        if family not in budgets:
+            return f"family: '{family}' names no budget of the profile{nearest(str(family), map(str, budgets))}"
+        known = [str(name) for name in budgets[family]]
+        return f"family: '{family}' has no budget for {key.data} in this profile{nearest(key.data, known)}"
+    return f"{error.full_key}: {line}" if error.full_key else line
+
+
+@cache
+def _compose(paper: str, ablation: str, data: str, profile: str, conf: Path, trainer: str) -> DictConfig:
+    """Compose the files once for all seeds; interpolations are resolved later."""
     _check_choice(conf, "paper", "paper", paper)
     _check_choice(conf, f"ablation/{paper}", "ablation", ablation)
     _check_choice(conf, f"profile/{paper}", "profile", profile)
     _check_choice(conf, "data", "data", data)
+    _check_choice(conf, "trainer", "trainer", trainer)
     choices = [f"paper={paper}", f"ablation={paper}/{ablation}", f"data={data}", f"profile={paper}/{profile}"]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf), version_base="1.3", job_name="fivefold"):
-            return compose(config_name="config", overrides=choices)
+            return compose(config_name="config", overrides=[*choices, f"trainer={trainer}"])
+    except yaml.YAMLError as error:
+        raise ConfigError(_explain_yaml(error)) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"{ablation} on {data} ({profile}): {str(error).splitlines()[0]}") from error
+
+
+def _explain_yaml(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    where = f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}" if mark else "a configuration file"
+    return f"{where}: this is not YAML: {problem}"
 
 
 def _check_choice(conf: Path, folder: str, what: str, name: str) -> None:

@@ -29,6 +29,7 @@ PRELOAD = [
     "lit_modules.min_max_plus",
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.system_metrics.system_metrics_monitor",
+    "experiments.warm",
 ]
 
 

@@ -145,9 +145,11 @@ def _fit_and_test(cell: Cell, folder: Path, data: PaperData, logger: Any, starte
             raise KeyboardInterrupt("the run was interrupted; the same command goes on from the last whole epoch")
         chosen = folder / "best.ckpt"
         history.metrics[config["selection"]["monitor"]] = float(best.best_model_score)  # type: ignore[arg-type]
+    trained, seconds, tests_start = dict(history.metrics), history.seconds(), time.monotonic()
+    # Loading the chosen weights puts every callback back to that epoch too, so what is kept was read before.
     tested = trainer.test(module, datamodule=data, ckpt_path=chosen, verbose=False, weights_only=False)
-    metrics = history.metrics | {"train/samples": float(data.train_size * config["budget"]["max_epochs"])}
-    seconds = round(history.seconds(), 3)
+    metrics = trained | {"train/samples": float(data.train_size * config["budget"]["max_epochs"])}
+    seconds = round(seconds + time.monotonic() - tests_start, 3)
     metrics |= dict(tested[0]) | cost | {"train/seconds": seconds}
     if logger is not None:
         logger.log_metrics({name: metrics[name] for name in metrics if name not in tested[0]})

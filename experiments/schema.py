@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -169,10 +171,12 @@ def validate(config: Mapping[str, Any], origin: str) -> CellConfig:
 
 
 def check_targets(config: Mapping[str, Any], origin: str) -> None:
-    """Check that every `_target_` can be imported and knows its arguments. Imports what it checks, torch included.
+    """Check that every `_target_` can be imported and knows its arguments, and that plain values are of the annotated type.
+
+    Imports what it checks, torch included.
 
     Raises:
-        ConfigError: naming the key and the nearest argument that the target has.
+        ConfigError: naming the key and the nearest argument that the target has, or the value and what it may be.
     """
     for path, node in _targets(config):
         _check_target(origin, path, node)
@@ -221,5 +225,65 @@ def _check_target(origin: str, path: str, node: Mapping[str, Any]) -> None:
         raise ConfigError(f"{origin}: {path}._target_: cannot import '{target}': {error}") from None
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for key in node:
-        if not takes_any and not key.startswith("_") and key not in parameters:
+        if key.startswith("_"):
+            continue
+        if not takes_any and key not in parameters:
             raise ConfigError(f"{origin}: {path}.{key}: unknown key for {target}{nearest(key, parameters)}")
+        hint = _hints_of(target).get(key, Any)
+        if not _fits(node[key], hint):
+            words = [word for word in _literals(hint) if isinstance(word, str)]
+            near = nearest(str(node[key]), words) if words else ""
+            raise ConfigError(
+                f"{origin}: {path}.{key}: must be {_in_words(hint)}, got {node[key]!r}{near}{default_of(target, key)}"
+            )
+
+
+@lru_cache(maxsize=256)
+def _hints_of(target: str) -> dict[str, Any]:
+    """The annotations of a target's arguments, or none where they cannot be read."""
+    from hydra.utils import get_object
+
+    found = get_object(target)
+    try:
+        return typing.get_type_hints(found.__init__ if inspect.isclass(found) else found)
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+def default_of(target: str, name: str) -> str:
+    """Return "; left out, it is 0" for an argument of a target that has a default."""
+    parameter = _signature_of(target).get(name)
+    known = parameter is not None and parameter.default is not inspect.Parameter.empty
+    return f"; left out, it is {parameter.default!r}" if parameter is not None and known else ""
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value is what an annotation of plain types says; any other annotation is not judged."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in inner)
+    if origin is Literal:
+        return any(value == word and type(value) is type(word) for word in inner)
+    if origin in (list, tuple, Sequence):
+        items = [inner[0]] * len(value) if isinstance(value, list | tuple) and len({*inner} - {...}) == 1 else []
+        return isinstance(value, list | tuple) and all(map(_fits, value, items))
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    return value is None if hint in (None, type(None)) else True
+
+
+def _literals(hint: Any) -> list[Any]:
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [word for option in get_args(hint) for word in _literals(option)]
+
+
+def _in_words(hint: Any) -> str:
+    if get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_in_words(option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    plain = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return plain.get(hint) or str(hint).replace("typing.", "")

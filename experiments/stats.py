@@ -10,9 +10,9 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy import stats
 
 Values = Sequence[float] | np.ndarray
 
@@ -26,6 +26,13 @@ class Estimate:
     n: int
     ci_low: float | None
     ci_high: float | None
+
+
+def _student() -> Any:
+    """Student's t distribution. scipy.stats takes most of a second to import, which few commands need."""
+    from scipy.stats import t
+
+    return t
 
 
 def _sample(values: Values, least: int = 1) -> np.ndarray:
@@ -44,7 +51,7 @@ def t_estimate(values: Values, alpha: float = 0.05) -> Estimate:
     if sample.size == 1:
         return Estimate(mean, None, 1, None, None)
     sd = float(sample.std(ddof=1))
-    half = float(stats.t.ppf(1 - alpha / 2, sample.size - 1)) * sd / math.sqrt(sample.size)
+    half = float(_student().ppf(1 - alpha / 2, sample.size - 1)) * sd / math.sqrt(sample.size)
     return Estimate(mean, sd, sample.size, mean - half, mean + half)
 
 
@@ -58,7 +65,7 @@ def t_test(differences: Values, margin: float = 0.0) -> float:
     gap = float(sample.mean() - margin)
     if spread <= 1e-12 * max(1.0, abs(float(sample.mean()))):
         return 0.0 if gap > 1e-12 else 1.0
-    return float(stats.t.sf(gap / (spread / math.sqrt(sample.size)), sample.size - 1))
+    return float(_student().sf(gap / (spread / math.sqrt(sample.size)), sample.size - 1))
 
 
 def welch(a: Values, b: Values, margin: float = 0.0, alpha: float = 0.05) -> tuple[Estimate, float]:
@@ -71,13 +78,17 @@ def welch(a: Values, b: Values, margin: float = 0.0, alpha: float = 0.05) -> tup
     if error <= 1e-12 * max(1.0, abs(gap)):
         return Estimate(gap, 0.0, n, gap, gap), 0.0 if gap > margin + 1e-12 else 1.0
     freedom = sum(parts) ** 2 / (parts[0] ** 2 / (x.size - 1) + parts[1] ** 2 / (y.size - 1))
-    half = float(stats.t.ppf(1 - alpha / 2, freedom)) * error
-    p = float(stats.t.sf((gap - margin) / error, freedom))
+    half = float(_student().ppf(1 - alpha / 2, freedom)) * error
+    p = float(_student().sf((gap - margin) / error, freedom))
     return Estimate(gap, error * math.sqrt(n), n, gap - half, gap + half), p
 
 
 def sign_flip(differences: Values, margin: float = 0.0) -> float:
-    """Return the exact one-sided p of the paired sign-flip test; never below 1 / 2 ** n. At most 20 pairs."""
+    """Return the exact one-sided p of the paired sign-flip test; never below 1 / 2 ** n. At most 20 pairs.
+
+    Raises:
+        ValueError: no pair, more than 20, or a value that is not finite.
+    """
     sample = _sample(differences, 1) - margin
     if sample.size > 20:
         raise ValueError(f"the exact test lists 2 ** n signs; {sample.size} pairs are too many, at most 20")
@@ -87,7 +98,11 @@ def sign_flip(differences: Values, margin: float = 0.0) -> float:
 
 
 def permutation(a: Values, b: Values) -> float:
-    """Return the exact one-sided p that mean(a) exceeds mean(b), over all ways to split the pooled values."""
+    """Return the exact one-sided p that mean(a) exceeds mean(b), over all ways to split the pooled values.
+
+    Raises:
+        ValueError: an empty side, a value that is not finite, or more than 200,000 ways.
+    """
     x, y = _sample(a), _sample(b)
     pooled = np.concatenate([x, y])
     if math.comb(pooled.size, x.size) > 200_000:
@@ -122,6 +137,10 @@ def cluster_bootstrap(
 
     Args:
         groups: for each seed, its per-image values. At least 2 seeds.
+        alpha: the interval is the two-sided (1 - alpha) one.
+        draws, seed: resamples, and the seed of their generator.
+    Raises:
+        ValueError: fewer than 2 seeds, a seed without values, or a value that is not finite.
     """
     if len(groups) < 2:
         raise ValueError(f"at least 2 seeds are needed, got {len(groups)}")
@@ -142,7 +161,7 @@ def prediction_interval(values: Values, alpha: float = 0.05) -> tuple[float, flo
     It is what a paper's single number is held against: a mean's interval would be too narrow.
     """
     sample = _sample(values, 2)
-    half = float(stats.t.ppf(1 - alpha / 2, sample.size - 1)) * sample.std(ddof=1) * math.sqrt(1 + 1 / sample.size)
+    half = float(_student().ppf(1 - alpha / 2, sample.size - 1)) * sample.std(ddof=1) * math.sqrt(1 + 1 / sample.size)
     return float(sample.mean() - half), float(sample.mean() + half)
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 
 from experiments import sources_digest
-from experiments.cell import CONF, ablations, canonical, flatten, resolve
+from experiments.cell import CONF, PROBES, _changes, _resolved, ablations, canonical, flatten, resolve
+from experiments.claims import load_paper
 from experiments.records import CellKey
 from experiments.schema import ConfigError, check_targets, validate
 
@@ -33,6 +38,70 @@ def test_an_ablation_file_is_a_short_difference_with_a_header(file: Path) -> Non
     assert len(lines) <= 30
     assert lines[0] == "# @package _global_"
     assert lines[1].startswith("# ")
+
+
+@pytest.mark.parametrize("ablation", ALL)
+def test_a_header_says_what_it_feeds_and_what_it_costs(ablation: str) -> None:
+    lines = (CONF / "ablation/tropical_cnn" / f"{ablation}.yaml").read_text().splitlines()[1:]
+    header = " ".join(line[2:] for line in lines if line.startswith("# "))
+    (said,) = re.findall(r"Feeds (no claim|\S+(?:, \S+)*)\.", header)
+    claims = load_paper("tropical_cnn").claims
+    fed = {claim.id for claim in claims if any(ablation in operand.ablations for operand in claim.operands)}
+    patterns = [] if said == "no claim" else said.split(", ")
+    named = {claim.id: [p for p in patterns if fnmatchcase(claim.id, p)] for claim in claims}
+    assert {name for name, by in named.items() if by} == fed
+    assert all(any(pattern in by for by in named.values()) for pattern in patterns)
+    number = r"[\d.]+(?: \([^)]*\))?"
+    assert re.search(rf"Minutes per cell: smoke {number}, small {number}, paper (?:{number}|hours)\.?", header)
+
+
+@pytest.mark.parametrize("ablation", ALL)
+def test_a_seed_put_into_the_resolved_configuration_is_the_full_resolution(ablation: str) -> None:
+    for seed in (0, 5):
+        key = replace(NET1, ablation=ablation, seed=seed)
+        config = resolve(key).config
+        assert config == _resolved(key, CONF, "cpu", seed)
+        assert canonical(config) == canonical(_resolved(key, CONF, "cpu", seed))
+        config["datamodule"]["seed"] = "spoilt"
+        assert resolve(key).config["datamodule"]["seed"] == seed
+
+
+def test_where_the_seed_is_part_of_a_value_every_seed_is_resolved_in_full(tmp_path: Path) -> None:
+    conf = _conf(tmp_path, "odd", 'module: {noise_seed: "9${seed}"}\n')
+    for seed in (3, 4):
+        assert resolve(replace(NET1, ablation="odd", seed=seed), conf).config["module"]["noise_seed"] == f"9{seed}"
+
+
+def test_changes_are_the_places_of_the_probes_and_nothing_else() -> None:
+    first, second = PROBES
+    assert _changes({"a": [1, first], "b": 2}, {"a": [1, second], "b": 2}) == [("a", 1)]
+    assert _changes({"a": first}, {"a": second + 1}) is None
+    assert _changes({"a": [first]}, {"a": [second, 1]}) is None
+    assert _changes({"a": 1}, {"a": True}) is None
+
+
+def test_the_trainer_is_chosen_by_name_and_stays_out_of_the_signature() -> None:
+    cells = {name: resolve(NET1, trainer=name) for name in ("cpu", "gpu", "ddp")}
+    assert {name: cell.config["trainer"]["accelerator"] for name, cell in cells.items()} == {
+        "cpu": "cpu",
+        "gpu": "gpu",
+        "ddp": "gpu",
+    }
+    assert cells["ddp"].config["trainer"]["strategy"] == "ddp"
+    assert len({cell.signature for cell in cells.values()}) == 1
+    assert resolve(NET1).config == cells["cpu"].config
+    with pytest.raises(ConfigError, match=r"unknown trainer 'gpuu' \(nearest valid: 'gpu'\)"):
+        resolve(NET1, trainer="gpuu")
+
+
+def test_a_signature_of_images_does_not_load_torch() -> None:
+    code = (
+        "import sys; from experiments.cell import resolve; from experiments.records import CellKey; import experiments.stats; "
+        "resolve(CellKey('tropical_cnn', 'net1', 'mnist', 0, 'small')).signature; "
+        "print([m for m in ('torch', 'scipy.stats') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONF.parent, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_signature_ignores_where_a_cell_runs_and_sees_what_it_computes() -> None:
@@ -82,6 +151,12 @@ def test_a_wrong_value_names_its_key_and_the_way_out(change: dict, words: list[s
         ({"net": {"layer_1": "MinP-S"}}, ["net.layer_1", "unknown key", "'layer1'"]),
         ({"net": {"_target_": "lit_modules.nets.tcnn.NoSuchNet"}}, ["net._target_", "NoSuchNet"]),
         ({"optim": {"optimizer": {"momentumm": 0.9}}}, ["optim.optimizer.momentumm", "unknown key"]),
+        ({"module": {"noise_seed": "abc"}}, ["module.noise_seed", "an integer", "'abc'", "left out, it is 0"]),
+        ({"module": {"noise_seed": True}}, ["module.noise_seed", "an integer", "True"]),
+        ({"net": {"ties": "frist"}}, ["net.ties", "'frist'", "nearest valid: 'first'"]),
+        ({"net": {"padding_value": "zero"}}, ["net.padding_value", "a number or 'neutral' or 'replicate'", "'zero'"]),
+        ({"net": {"width": 4.5}}, ["net.width", "4.5"]),
+        ({"optim": {"optimizer": {"amsgrad": "yes"}}}, ["optim.optimizer.amsgrad", "true or false"]),
     ],
 )
 def test_a_wrong_argument_is_found_before_training(change: dict, words: list[str]) -> None:
@@ -106,12 +181,31 @@ def test_an_unknown_name_is_answered_with_the_nearest(key: CellKey, nearest: str
 
 
 def test_an_ablation_file_with_an_unknown_key_fails(tmp_path: Path) -> None:
-    conf = shutil.copytree(CONF, tmp_path / "conf")
-    (conf / "ablation/tropical_cnn/typo.yaml").write_text(
-        "# @package _global_\n# a typo\ndefaults:\n  - tropical_cnn/net1\n  - _self_\nbugdet: {max_epochs: 1}\n"
-    )
+    conf = _conf(tmp_path, "typo", "bugdet: {max_epochs: 1}\n")
     with pytest.raises(ConfigError, match=r"bugdet: unknown key \(nearest valid: 'budget'\)"):
         resolve(replace(NET1, ablation="typo"), conf)
+
+
+def test_a_family_without_a_budget_is_named_with_the_nearest(tmp_path: Path) -> None:
+    conf = _conf(tmp_path, "typo", "family: lenett\n")
+    with pytest.raises(
+        ConfigError, match=r"family: 'lenett' names no budget of the profile \(nearest valid: 'lenet'\)"
+    ):
+        resolve(replace(NET1, ablation="typo"), conf)
+
+
+def test_another_interpolation_that_leads_nowhere_names_its_key(tmp_path: Path) -> None:
+    conf = _conf(tmp_path, "typo", "net: {width: '${data.chanels}'}\n")
+    with pytest.raises(ConfigError, match=r"net\.width: .*data\.chanels"):
+        resolve(replace(NET1, ablation="typo"), conf)
+
+
+def test_a_file_that_is_not_yaml_is_named_with_its_line(tmp_path: Path) -> None:
+    conf = _conf(tmp_path, "broken", "net: {width: 8\nfamily: lenet\n")
+    with pytest.raises(
+        ConfigError, match=r"ablation/tropical_cnn/broken\.yaml, line \d+, column \d+: this is not YAML"
+    ):
+        resolve(replace(NET1, ablation="broken"), conf)
 
 
 def test_the_code_of_plain_nets_does_not_reach_the_tropical_operators() -> None:
@@ -150,6 +244,14 @@ def test_closure_follows_imports_through_the_project_only(tmp_path: Path) -> Non
     (package / "unrelated.py").write_text("")
     found = [file.name for file in sources_digest.closure(["lit_modules.a.f"], tmp_path)]
     assert found == ["a.py", "b.py", "c.py"]
+
+
+def _conf(folder: Path, name: str, body: str) -> Path:
+    """A copy of the configuration with one more ablation, a difference from net1."""
+    conf = shutil.copytree(CONF, folder / "conf")
+    head = "# @package _global_\n# a test\ndefaults:\n  - /ablation/tropical_cnn/net1\n  - _self_\n"
+    (conf / f"ablation/tropical_cnn/{name}.yaml").write_text(head + body)
+    return conf
 
 
 def _closure(ablation: str) -> set[str]:

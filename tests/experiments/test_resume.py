@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments.cell import Cell, resolve
 from experiments.executors import PRELOAD, Job, LocalPool
@@ -103,6 +104,24 @@ def test_the_last_epochs_training_accuracy_is_recorded_although_the_module_logs_
     run_cell(cell, tmp_path)
     recorded = json.loads((tmp_path / cell.signature / "metrics.json").read_text())
     assert 50 < recorded["train/acc"] <= 100
+
+
+def test_what_is_recorded_of_training_is_the_last_epochs_although_an_earlier_one_is_tested(tmp_path: Path) -> None:
+    from experiments.run import run_cell
+
+    cell = _cell("net0", epochs=3)
+    cell.config["selection"] = {"monitor": "val/acc", "mode": "min"}  # the first epoch is the worst, so it is chosen
+    started = time.monotonic()
+    record = run_cell(cell, tmp_path)
+    took = time.monotonic() - started
+    folder = tmp_path / cell.signature
+    first, last = (torch.load(folder / f"{name}.ckpt", weights_only=False) for name in ("best", "last"))
+    assert first["epoch"] < last["epoch"] == 2
+    states = [next(s for name, s in c["callbacks"].items() if name.startswith("History")) for c in (first, last)]
+    assert states[0]["metrics"]["train/acc"] != states[1]["metrics"]["train/acc"]
+    assert record.metrics["train/acc"] == states[1]["metrics"]["train/acc"]
+    assert record.metrics["published/test_acc"] == states[1]["metrics"]["published/test_acc"]
+    assert 0.5 * took < record.metrics["train/seconds"] <= took
 
 
 def test_a_cell_of_no_epochs_tests_the_net_as_it_was_built(tmp_path: Path) -> None:

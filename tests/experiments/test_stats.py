@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from scipy import stats as scipy_stats
 
 from experiments import stats
 
+ROOT = Path(__file__).resolve().parents[2]
 RNG = np.random.default_rng(12345)
 
 
@@ -21,6 +25,34 @@ def test_t_estimate_and_test_are_scipys() -> None:
     assert (estimate.ci_low, estimate.ci_high) == pytest.approx((low, high))
     expected = scipy_stats.ttest_1samp(values, 0.5, alternative="greater").pvalue
     assert stats.t_test(values, 0.5) == pytest.approx(expected)
+
+
+def test_scipy_is_imported_only_where_it_is_used() -> None:
+    code = (
+        "import sys, experiments.stats as s; before = 'scipy.stats' in sys.modules; s.t_test([1.0, 2.0]); "
+        "print(before, 'scipy.stats' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: stats.sign_flip([]),
+        lambda: stats.sign_flip([0.0] * 21),
+        lambda: stats.permutation([], [1.0]),
+        lambda: stats.permutation([0.0] * 15, [1.0] * 15),
+        lambda: stats.cluster_bootstrap([[1.0]]),
+        lambda: stats.cluster_bootstrap([[1.0], []]),
+        lambda: stats.cluster_bootstrap([[1.0], [math.nan]]),
+    ],
+)
+def test_what_docstrings_say_is_refused_is_refused(call) -> None:
+    with pytest.raises(ValueError, match=r"needed|finite|too many"):
+        call()
+    for function in (stats.sign_flip, stats.permutation, stats.cluster_bootstrap):
+        assert "Raises:" in (function.__doc__ or "")
 
 
 def test_welch_is_scipys() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,18 @@ from torch import nn
 
 from lit_modules.nets.cnn import LeNet5, ResNet18, TwoLayerCNN
 from lit_modules.nets.counting import count_ops, count_params
-from lit_modules.nets.layers import LAYER_KINDS, MaxPlusLinear, MinPlusLinear, TropicalConv2d, init_weight_, make_layer
+from lit_modules.nets.layers import (
+    LAYER_KINDS,
+    CompoundConv2d,
+    MaxPlusLinear,
+    MinPlusLinear,
+    MinPlusSumConv2d,
+    ParallelConv2d,
+    TropicalConv2d,
+    TropicalLinear,
+    init_weight_,
+    make_layer,
+)
 from lit_modules.nets.tcnn import TropicalLeNet5, TropicalResNet18, TwoLayerTropicalCNN
 from lit_modules.ops.tropical_reference import conv2d_reference
 
@@ -180,12 +192,56 @@ def test_lenet_and_resnet_families_run_on_their_images() -> None:
         (lambda: TropicalResNet18(block="type3"), "type3"),
         (lambda: MinPlusLinear(0, 3), "in_features"),
         (lambda: LeNet5(image_size=8), "image_size"),
-        (lambda: make_layer("Compound-2p", 1, 1, 3, mode="3p"), "3p"),
+        (lambda: make_layer("Compound-2p", 1, 1, 3, mode="3p"), "'3p'; nearest: '[12]p'"),
+        (lambda: TropicalConv2d(1, 1, 3, inner="mim", outer="sum"), "inner 'mim'; nearest: 'min'"),
+        (lambda: TropicalConv2d(1, 1, 3, inner="min", outer="mux"), "outer 'mux'; nearest: 'max'"),
+        (lambda: MinPlusSumConv2d(1, 1, 3, ties="all"), "ties 'all'; known: first, split"),
+        (lambda: MinPlusSumConv2d(1, 1, 3, ties="splt"), "ties 'splt'; nearest: 'split'"),
+        (lambda: MinPlusSumConv2d(1, 1, 3, padding_value="neutrl"), "padding_value.*'neutrl'; nearest: 'neutral'"),
+        (lambda: MinPlusSumConv2d(1, 1, 3, padding_value=float("nan")), "padding_value.*nan"),
+        (lambda: MinPlusSumConv2d(1, 1, 3, padding_value=None), "padding_value.*None"),
+        (lambda: MinPlusSumConv2d(1, 1, 3, init="fanin"), "'fanin'; nearest: 'fan_in'"),
+        (lambda: MinPlusSumConv2d(1, 1, 3, init=3), "initialisation 3"),
+        (lambda: TropicalLinear(2, 3, kind="mni"), "kind 'mni'; nearest: 'min'"),
+        (lambda: MinPlusLinear(2, 3, ties="frist"), "ties 'frist'; nearest: 'first'"),
+        (lambda: make_layer("Conv2d", 1, 1, 3, strid=2), "'strid'; nearest: 'stride'"),
+        (lambda: make_layer("MinP-S", 1, 1, 3, tie="split"), "'tie'; nearest: 'ties'"),
+        (lambda: ResNet18(image_size=16), "image_size must be at least 17.*16"),
+        (lambda: TropicalResNet18(image_size=0), "image_size.*0"),
     ],
 )
 def test_impossible_values_are_named(make, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("layer", [TropicalConv2d, CompoundConv2d, ParallelConv2d])
+def test_layers_name_their_arguments_in_torchs_order(layer: type[nn.Module]) -> None:
+    names = [p.name for p in inspect.signature(layer).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert names == list(inspect.signature(nn.Conv2d).parameters)[: len(names)]
+    assert names[-1] == "bias"
+    with pytest.raises(TypeError, match="strid"):
+        layer(1, 2, 3, strid=2, **({"inner": "min", "outer": "sum"} if layer is TropicalConv2d else {}))
+
+
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_an_empty_batch_gives_what_torch_gives(kind: str) -> None:
+    options = {"stride": 2, "padding": 1, "bias": True}
+    layer, plain = make_layer(kind, 2, 6, 3, **options), nn.Conv2d(2, 6, 3, **options)
+    x = torch.empty(0, 2, 9, 8, requires_grad=True)
+    y = layer(x)
+    assert y.shape == plain(x).shape == (0, 6, 5, 4)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("net", [LeNet5, ResNet18, TwoLayerCNN, TropicalLeNet5, TropicalResNet18, TwoLayerTropicalCNN])
+def test_public_nets_say_what_they_take_and_refuse(net: type[nn.Module]) -> None:
+    text = inspect.getdoc(net) or ""
+    assert "Raises:" in text
+    for name in inspect.signature(net).parameters:
+        assert f"{name}" in text.partition("Args:")[2], name
 
 
 def test_plain_nets_do_not_load_tropical_code() -> None:

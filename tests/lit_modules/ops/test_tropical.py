@@ -203,6 +203,30 @@ def test_matmul_keeps_leading_sizes_and_takes_an_empty_batch() -> None:
     assert tropical_matmul(torch.empty(0, 5), w, kind="max").shape == (0, 4)
 
 
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("backend", ["auto", "portable", "reference"])
+def test_an_empty_batch_gives_an_empty_output_and_gradients_of_zero(geometry: str, backend: str) -> None:
+    x, w = _tensors(GEOMETRIES[geometry].get("groups", 1))
+    mix, bias = torch.ones(w.shape[:2], dtype=w.dtype), torch.ones(6, dtype=w.dtype)
+    full = tropical_conv2d(x, w, inner="min", outer="sum", **GEOMETRIES[geometry])
+    w[0, 0, 0, 0] = INF
+    leaves = [t.clone().requires_grad_() for t in (x[:0], w, mix, bias)]
+    y = tropical_conv2d(
+        leaves[0],
+        leaves[1],
+        inner="min",
+        outer="sum",
+        mix_FC=leaves[2],
+        bias_F=leaves[3],
+        backend=backend,
+        **GEOMETRIES[geometry],
+    )
+    assert y.shape == (0, *full.shape[1:])
+    y.sum().backward()
+    for leaf in leaves:
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
 def test_half_precision_takes_the_portable_path() -> None:
     x, w = torch.randn(2, 2, 5, 5).bfloat16(), torch.randn(3, 2, 3, 3).bfloat16()
     y = tropical_conv2d(x, w, inner="min", outer="max")

@@ -14,22 +14,29 @@ import pytest
 
 from experiments import sources_digest
 from experiments.cell import CONF, PROBES, _changes, _resolved, ablations, canonical, flatten, resolve
-from experiments.claims import load_paper
+from experiments.claims import PROFILES, available_papers, load_paper
 from experiments.records import CellKey
 from experiments.schema import ConfigError, check_targets, validate
 
 NET1 = CellKey("tropical_cnn", "net1", "mnist", 0, "small")
-ALL = ablations("tropical_cnn")
+EVERY = [(paper, ablation) for paper in available_papers().values() for ablation in ablations(paper)]
 
 
-@pytest.mark.parametrize("ablation", ALL)
-@pytest.mark.parametrize("profile", ["smoke", "small", "paper"])
-def test_every_ablation_composes_on_every_profile(ablation: str, profile: str) -> None:
-    for data in ("mnist", "fashion_mnist", "cifar10"):
-        cell = resolve(CellKey("tropical_cnn", ablation, data, 1, profile))
-        assert cell.config["seed"] == cell.config["datamodule"]["seed"] == 1
-        assert cell.config["budget"] == cell.config["profile"]["budgets"][cell.config["family"]][data]
-        check_targets(cell.config, ablation)
+def _data_of(paper: str, ablation: str) -> list[str]:
+    """The data sets that the small profile has budgets for in an ablation's family."""
+    first = "waves_2d" if paper == "min_max_plus" and ablation.startswith(("fit", "sine", "cone")) else "mnist"
+    config = resolve(CellKey(paper, ablation, first, 0, "small")).config
+    return list(config["profile"]["budgets"][config["family"]])
+
+
+@pytest.mark.parametrize(("paper", "ablation"), EVERY)
+def test_every_ablation_composes_on_every_profile(paper: str, ablation: str) -> None:
+    for data in _data_of(paper, ablation):
+        for profile in PROFILES:
+            cell = resolve(CellKey(paper, ablation, data, 1, profile))
+            assert cell.config["seed"] == cell.config["datamodule"]["seed"] == 1
+            assert cell.config["budget"] == cell.config["profile"]["budgets"][cell.config["family"]][data]
+            check_targets(cell.config, ablation)
 
 
 @pytest.mark.parametrize("file", sorted((CONF / "ablation").glob("*/*.yaml")), ids=lambda f: f.stem)
@@ -40,12 +47,12 @@ def test_an_ablation_file_is_a_short_difference_with_a_header(file: Path) -> Non
     assert lines[1].startswith("# ")
 
 
-@pytest.mark.parametrize("ablation", ALL)
-def test_a_header_says_what_it_feeds_and_what_it_costs(ablation: str) -> None:
-    lines = (CONF / "ablation/tropical_cnn" / f"{ablation}.yaml").read_text().splitlines()[1:]
+@pytest.mark.parametrize(("paper", "ablation"), EVERY)
+def test_a_header_says_what_it_feeds_and_what_it_costs(paper: str, ablation: str) -> None:
+    lines = (CONF / "ablation" / paper / f"{ablation}.yaml").read_text().splitlines()[1:]
     header = " ".join(line[2:] for line in lines if line.startswith("# "))
     (said,) = re.findall(r"Feeds (no claim|\S+(?:, \S+)*)\.", header)
-    claims = load_paper("tropical_cnn").claims
+    claims = load_paper(paper).claims
     fed = {claim.id for claim in claims if any(ablation in operand.ablations for operand in claim.operands)}
     patterns = [] if said == "no claim" else said.split(", ")
     named = {claim.id: [p for p in patterns if fnmatchcase(claim.id, p)] for claim in claims}
@@ -55,10 +62,11 @@ def test_a_header_says_what_it_feeds_and_what_it_costs(ablation: str) -> None:
     assert re.search(rf"Minutes per cell: smoke {number}, small {number}, paper (?:{number}|hours)\.?", header)
 
 
-@pytest.mark.parametrize("ablation", ALL)
-def test_a_seed_put_into_the_resolved_configuration_is_the_full_resolution(ablation: str) -> None:
+@pytest.mark.parametrize(("paper", "ablation"), EVERY)
+def test_a_seed_put_into_the_resolved_configuration_is_the_full_resolution(paper: str, ablation: str) -> None:
+    data = _data_of(paper, ablation)[0]
     for seed in (0, 5):
-        key = replace(NET1, ablation=ablation, seed=seed)
+        key = CellKey(paper, ablation, data, seed, "small")
         config = resolve(key).config
         assert config == _resolved(key, CONF, "cpu", seed)
         assert canonical(config) == canonical(_resolved(key, CONF, "cpu", seed))

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
 from lightning import LightningDataModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -15,10 +16,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from datamodules import tropical_cnn
 from datamodules.min_max_plus import FunctionData, SampledImages
 from datamodules.sources import DataCard, ImageArrays
+from experiments.cell import ablations, resolve
+from experiments.records import CellKey
 from lit_modules.min_max_plus import WINDOW, LossCurve, MinMaxPlus
 from lit_modules.nets.cone import ConeNet
 from lit_modules.nets.mmp import ConvMMPNet, MMPNet
-from lit_modules.normalisation import Normalisation, winning_shares
+from lit_modules.normalisation import Normalisation, tropical_layers, winning_shares
 from lit_modules.schedules import step_decay
 
 ADAM = partial(torch.optim.Adam, lr=0.02)
@@ -282,3 +285,54 @@ def test_the_tenths_of_a_training_are_means_over_their_steps() -> None:
     assert curve.parts == {
         part + 1: sum(s for s in range(25) if whole[s] == part) / whole.count(part) for part in range(10)
     }
+
+
+@pytest.fixture
+def made_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random images in the place of MNIST: these tests are about ablations, not about accuracy."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (1400, 28, 28, 1), dtype=np.uint8)
+    labels = rng.permutation(np.arange(1400) % 10).astype(np.uint8)
+    card = DataCard("MNIST", 1400, "0", "none", False, "made up")
+    arrays = ImageArrays(images[:1200], labels[:1200], images[1200:], labels[1200:], card)
+    monkeypatch.setattr(tropical_cnn, "load_images", lambda *_: arrays)
+
+
+def _resolved(ablation: str) -> dict:
+    data = "waves_2d" if ablation.startswith(("fit", "sine", "cone")) else "mnist"
+    return resolve(CellKey("min_max_plus", ablation, data, 0, "smoke")).config
+
+
+@pytest.mark.parametrize("ablation", [a for a in ablations("min_max_plus") if not a.startswith(("cone", "check"))])
+def test_every_ablation_trains_two_batches(ablation: str, made_images: None, tmp_path) -> None:
+    config = _resolved(ablation)
+    data = instantiate(config["datamodule"], batch_size=64, train_samples=128, val_samples=100, test_samples=100)
+    torch.manual_seed(0)
+    net = instantiate(config["net"])
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    optim = config["optim"]
+    module = instantiate(
+        config["module"],
+        net=net,
+        optimizer=instantiate(optim["optimizer"], _partial_=True),
+        schedule=instantiate(optim["schedule"], epochs=1) if optim["schedule"] else None,
+        steps_per_epoch=2,
+    )
+    trainer = _trainer(tmp_path)
+    trainer.fit(module, datamodule=data)
+    assert {"train/mean_loss", config["selection"]["monitor"], "val/loss"} <= trainer.callback_metrics.keys()
+    assert ("active/mean" in trainer.callback_metrics) == bool(tropical_layers(net))
+    moved = [name for name, p in net.named_parameters() if not torch.equal(before[name], p)]
+    assert len(moved) >= len(before) - 1
+
+
+@pytest.mark.parametrize("ablation", [a for a in ablations("min_max_plus") if a.startswith(("cone", "check"))])
+def test_every_construction_and_check_is_tested_as_it_is(ablation: str, made_images: None, tmp_path) -> None:
+    config = _resolved(ablation)
+    data = instantiate(config["datamodule"], train_samples=128, val_samples=100, test_samples=100)
+    module = instantiate(config["module"], net=instantiate(config["net"]), optimizer=STILL, steps_per_epoch=1)
+    (tested,) = _trainer(tmp_path).test(module, datamodule=data, verbose=False)
+    if ablation.startswith("cone"):
+        assert tested["test/rmse"] <= tested["test/max_error"] <= tested["test/bound"]
+    else:
+        assert any(name.startswith("check/") for name in tested)

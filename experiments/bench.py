@@ -119,21 +119,22 @@ def _time(op: Callable[[Any, Any], Any], x: Any, w: Any) -> tuple[float, float]:
     return forward, _median_ms(lambda: torch.autograd.grad(y, leaves, cotangent, retain_graph=True))
 
 
-def _grow(op: Callable[[Any, Any], Any], x: Any, w: Any, outcome: Any) -> None:
+def _grow(op: Callable[[Any, Any], Any], x: Any, w: Any, backward: bool, outcome: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     y = op(x, w)
-    y.backward(torch.ones_like(y))
+    if backward:
+        y.backward(torch.ones_like(y))
     outcome.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
-def _memory_mib(op: Callable[[Any, Any], Any], x: Any, w: Any) -> float:
-    """Peak growth of a process of its own over one forward and backward pass."""
+def _memory_mib(op: Callable[[Any, Any], Any], x: Any, w: Any, backward: bool = True) -> float:
+    """Peak growth of a process of its own over one forward and, where there is one, backward pass."""
     context = multiprocessing.get_context("fork")
     outcome = context.Queue()
-    process = context.Process(target=_grow, args=(op, x, w, outcome))
+    process = context.Process(target=_grow, args=(op, x, w, backward, outcome))
     process.start()
     grown = outcome.get(timeout=120)
     process.join()
@@ -143,7 +144,8 @@ def _memory_mib(op: Callable[[Any, Any], Any], x: Any, w: Any) -> float:
 def _row(shape: str, peer: str, forward: float, backward: float, memory: float, before: list[Row]) -> Row:
     base = before[0] if before else Row(shape, peer, forward, backward, memory)
     step = (forward + backward) / (base.forward_ms + base.backward_ms)
-    ratios = forward / base.forward_ms, backward / base.backward_ms, step, memory / max(base.memory_mib, 0.1)
+    back = backward / base.backward_ms if base.backward_ms else 1.0
+    ratios = forward / base.forward_ms, back, step, memory / max(base.memory_mib, 0.1)
     return Row(shape, peer, forward, backward, memory, *ratios)
 
 
@@ -180,6 +182,26 @@ def measure_matmul(rows: int, inner: int, columns: int) -> list[Row]:
     return found
 
 
+def measure_normal_form(samples: int, inputs: int, outputs: int) -> list[Row]:
+    """Return the restricted normalisation, a tropical product over the samples, against broadcasting all sums. No backward."""
+    import torch
+
+    from lit_modules.ops.restricted import restricted_weight
+
+    name = f"normal form {samples} samples, {inputs} to {outputs}"
+    f, g = torch.rand(samples, inputs), torch.rand(samples, outputs)
+    peers: dict[str, Callable[[Any, Any], Any]] = {
+        "compiled (ours)": lambda f, g: restricted_weight(f, g, "min"),
+        "broadcast": lambda f, g: (g[:, :, None] - f[:, None, :]).amax(0),
+    }
+    found: list[Row] = []
+    for peer, op in peers.items():
+        forward = _median_ms(lambda op=op: op(f, g))  # type: ignore[misc]
+        memory = _memory_mib(op, f, g, backward=False)
+        found.append(_row(name, peer, forward, 0.0, memory, found))
+    return found
+
+
 def run_bench(out: Path) -> list[Row]:
     """Measure everything on one thread, print it, and write tropical_ops.csv with the hardware named."""
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -191,7 +213,7 @@ def run_bench(out: Path) -> list[Row]:
     torch.set_num_threads(1)
     console = Console(width=max(124, Console().width))
     rows = [row for shape in SHAPES for row in measure(shape)]
-    rows += measure_matmul(256, 784, 64) + measure_matmul(512, 512, 512)
+    rows += measure_matmul(256, 784, 64) + measure_matmul(512, 512, 512) + measure_normal_form(2000, 64, 64)
     text = io.StringIO()
     machine = hardware()
     text.write(f"# {machine['cpu']}, one thread, torch {versions()['torch']}, numba {versions()['numba']}\n")

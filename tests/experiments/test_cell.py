@@ -24,7 +24,7 @@ EVERY = [(paper, ablation) for paper in available_papers().values() for ablation
 
 def _data_of(paper: str, ablation: str) -> list[str]:
     """The data sets that the small profile has budgets for in an ablation's family."""
-    first = "waves_2d" if paper == "min_max_plus" and ablation.startswith(("fit", "sine", "cone")) else "mnist"
+    first = "waves_2d" if paper == "min_max_plus" and ablation.startswith(("fit", "sine", "cone", "wave8")) else "mnist"
     config = resolve(CellKey(paper, ablation, first, 0, "small")).config
     return list(config["profile"]["budgets"][config["family"]])
 

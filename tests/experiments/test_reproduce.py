@@ -205,7 +205,7 @@ def test_verify_notices_weights_that_are_not_the_runs(smoke: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["reproduce", "4"], "not part of the suite yet"),
+        (["reproduce", "5"], "not part of the suite yet"),
         (["reproduce", "tropical_cn"], "'tropical_cnn'"),
         (["reproduce", "3", "--only", "nett1"], "'net1'"),
         (["plan", "3", "--profile", "smal"], "'small'"),

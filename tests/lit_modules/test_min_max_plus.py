@@ -299,7 +299,7 @@ def made_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _resolved(ablation: str) -> dict:
-    data = "waves_2d" if ablation.startswith(("fit", "sine", "cone")) else "mnist"
+    data = "waves_2d" if ablation.startswith(("fit", "sine", "cone", "wave8")) else "mnist"
     return resolve(CellKey("min_max_plus", ablation, data, 0, "smoke")).config
 
 

@@ -39,11 +39,13 @@ help: ## Say what each target does
 
 setup: $(STAMP) ## Make the environment .venv from requirements.lock (quick when nothing changed)
 
-$(STAMP): requirements.lock pyproject.toml scripts/setup.sh
-	@bash scripts/setup.sh $(VENV)
+$(STAMP): requirements.lock pyproject.toml .ci/setup.sh
+	@bash .ci/setup.sh $(VENV)
 	@touch $@
 
-test: $(STAMP) ## Run the tests
+PYTEST_ARGS ?= -n auto --dist loadfile
+
+test: $(STAMP) ## Run the tests, a process on each core
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff and mypy

@@ -26,6 +26,7 @@ Jobs = Annotated[int | None, typer.Option(min=1, help="Processes at once; defaul
 Only = Annotated[list[str] | None, typer.Option(help="Only this ablation; may be repeated.")]
 OnlyData = Annotated[list[str] | None, typer.Option("--data", help="Only this data set; may be repeated.")]
 Trainer = Annotated[str, typer.Option(help="Where cells run: cpu, gpu (one) or ddp (all GPUs).")]
+OnlyTable = Annotated[list[str] | None, typer.Option("--table", help="Only what this table needs; may be repeated.")]
 Stale = Annotated[bool, typer.Option("--rerun-stale", help="Run cells again whose code or settings have changed.")]
 
 
@@ -38,6 +39,7 @@ def plan(
     jobs: Jobs = None,
     only: Only = None,
     data: OnlyData = None,
+    table: OnlyTable = None,
     trainer: Trainer = "cpu",
     rerun_stale: Stale = False,
 ) -> None:
@@ -46,7 +48,7 @@ def plan(
     from experiments.executors import default_jobs
     from experiments.summary import print_plan
 
-    selection = _selection(profile, seeds, seed, only, data, trainer)
+    selection = _selection(profile, seeds, seed, only, data, trainer, table)
     for spec in _specs(paper):
         found = graph.plan(spec, selection, _places(profile).runs, rerun_stale)
         print_plan(console, found, jobs or default_jobs())
@@ -61,6 +63,7 @@ def reproduce(
     jobs: Jobs = None,
     only: Only = None,
     data: OnlyData = None,
+    table: OnlyTable = None,
     trainer: Trainer = "cpu",
     rerun_stale: Stale = False,
 ) -> None:
@@ -68,7 +71,7 @@ def reproduce(
     from experiments.reproduce import Reproduction
 
     status = 0
-    selection = _selection(profile, seeds, seed, only, data, trainer)
+    selection = _selection(profile, seeds, seed, only, data, trainer, table)
     for spec in _specs(paper):
         status |= Reproduction(spec, selection, _places(profile), console, jobs, rerun_stale).run()
     raise typer.Exit(status)
@@ -76,14 +79,20 @@ def reproduce(
 
 @app.command()
 def report(profile: Profile = "small", seeds: Seeds = None, jobs: Jobs = None) -> None:
-    """Write results/ again from the finished runs of every paper."""
+    """Write results/ again from the finished runs of every paper that has all of them."""
+    from experiments.errors import UserError
     from experiments.reproduce import Reproduction
     from experiments.summary import print_verdicts
 
-    selection = _selection(profile, seeds)
+    selection, refused = _selection(profile, seeds), []
     for spec in _specs("all"):
         reproduction = Reproduction(spec, selection, _places(profile), console)
-        print_verdicts(console, spec, reproduction.report(), reproduction.results)
+        try:
+            print_verdicts(console, spec, reproduction.report(), reproduction.results)
+        except UserError as error:
+            refused.append(str(error))
+    if refused:
+        raise UserError("\n".join(refused))
 
 
 @app.command()
@@ -206,7 +215,7 @@ def _specs(paper: str) -> list:
     return [load_paper(paper)]
 
 
-def _selection(profile, seeds, seed=None, only=None, data=None, trainer="cpu"):
+def _selection(profile, seeds, seed=None, only=None, data=None, trainer="cpu", table=None):
     """What was asked for, every name checked that does not depend on the paper."""
     from experiments.claims import PROFILES
     from experiments.graph import Selection
@@ -214,7 +223,13 @@ def _selection(profile, seeds, seed=None, only=None, data=None, trainer="cpu"):
     _check("profile", [profile], PROFILES)
     _check("data set", data or (), _stems("data"))
     _check("trainer", [trainer], _stems("trainer"))
-    return Selection(profile, seeds, tuple(seed or ()), tuple(only or ()), tuple(data or ()), trainer=trainer)
+    chosen = {
+        "seed": tuple(seed or ()),
+        "only": tuple(only or ()),
+        "data": tuple(data or ()),
+        "table": tuple(table or ()),
+    }
+    return Selection(profile, seeds, trainer=trainer, **chosen)
 
 
 def _check(what: str, names: Iterable[str], known: Iterable[str]) -> None:

@@ -161,6 +161,10 @@ def _work(job: Job) -> None:
     from experiments.tracking import Store
 
     os.environ.update(SINGLE_THREADED)
+    if job.cell.config["trainer"]["accelerator"] == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            ""  # else each optimiser step looks for a driver again, as long as a small net takes
+        )
     log = job.runs / job.cell.signature / "log.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", buffering=1) as file:

@@ -57,7 +57,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Selection:
-    """What the user asked for: a profile, perhaps fewer or other seeds, ablations and data sets, and where to run."""
+    """What the user asked for: a profile, perhaps fewer or other seeds, ablations, data sets or tables, and where to run."""
 
     profile: str = "small"
     seeds: int | None = None
@@ -65,15 +65,16 @@ class Selection:
     only: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
     trainer: str = "cpu"  # a file of conf/trainer
+    table: tuple[str, ...] = ()
 
 
 def keys_for(spec: PaperSpec, selection: Selection) -> list[CellKey]:
     """Return the cells that this selection of a paper needs, seed by seed so that partial results are paired.
 
     Raises:
-        ConfigError: an ablation that does not exist, nearest name included.
+        ConfigError: an ablation or table that does not exist, nearest name included.
     """
-    pairs = spec.required(selection.profile)
+    pairs = _pairs_of_tables(spec, selection.table) if selection.table else spec.required(selection.profile)
     if selection.only:
         known = ablations(spec.key)
         for name in selection.only:
@@ -91,6 +92,16 @@ def keys_for(spec: PaperSpec, selection: Selection) -> list[CellKey]:
         raise ConfigError(f"nothing to run: no ablation of {spec.key} matches this selection")
     seeds = selection.seed or tuple(range(selection.seeds or _profile_seeds(spec, pairs[0], selection.profile)))
     return [CellKey(spec.key, a, d, seed, selection.profile) for seed in seeds for a, d in pairs]
+
+
+def _pairs_of_tables(spec: PaperSpec, names: tuple[str, ...]) -> list[tuple[str, str]]:
+    """What some tables need, whichever profile shows them."""
+    tables = {table.id: table for table in spec.tables}
+    for name in names:
+        if name not in tables:
+            raise ConfigError(f"unknown table '{name}' of {spec.key}{nearest(name, tables)}")
+    chosen = [tables[name] for name in names]
+    return list(dict.fromkeys((row, column.data) for table in chosen for row in table.rows for column in table.columns))
 
 
 def _profile_seeds(spec: PaperSpec, pair: tuple[str, str], profile: str) -> int:

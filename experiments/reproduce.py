@@ -87,7 +87,14 @@ class Reproduction:
         from experiments.verdict import estimates
 
         if not self._is_whole:
-            self.console.print(tables.listing(self.spec, estimates(self.spec, self.records())))
+            records = self.records()
+            rows = estimates(self.spec, records)
+            self.console.print(tables.listing(self.spec, rows))
+            for table in self.spec.tables:
+                if table.id in self.selection.table:
+                    notes = [f"Profile: {self.selection.profile}."]
+                    text = tables.markdown(tables.build(self.spec, table, rows, records, notes))
+                    self.console.print(text, soft_wrap=True, markup=False, highlight=False)
         if self._is_whole or verdicts:
             print_verdicts(self.console, self.spec, verdicts, self.results)
 
@@ -129,7 +136,7 @@ class Reproduction:
     @property
     def _is_whole(self) -> bool:
         chosen = self.selection
-        return not (chosen.only or chosen.data or chosen.seed)
+        return not (chosen.only or chosen.data or chosen.seed or chosen.table)
 
     @cached_property
     def results(self) -> Path:

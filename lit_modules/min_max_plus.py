@@ -19,6 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import MeanSquaredError
 
 from lit_modules.normalisation import DeadWeights, Normalisation, RestrictedNormalisation
+from lit_modules.pace import logs_now
 from lit_modules.schedules import Schedule
 
 WINDOW = 20  # steps whose mean training loss counts as reached
@@ -109,7 +110,8 @@ class MinMaxPlus(LightningModule):
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss became {loss.item()} in epoch {self.current_epoch}")
         self.curve.add(loss.item(), self.thresholds, self.hparams["steps_per_epoch"] * self.hparams["epochs"])
-        self.log("train/loss", loss, on_step=True, on_epoch=False)
+        if logs_now(self.trainer):
+            self.log("train/loss", loss, on_step=True, on_epoch=False)
         return loss
 
     def on_train_epoch_end(self) -> None:
@@ -141,6 +143,10 @@ class MinMaxPlus(LightningModule):
         bound = getattr(self.net, "bound", None)
         if bound is not None:
             self.log("test/bound", float(bound))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Batches that are there already are left alone: looking through them takes as long as a small net."""
+        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.net.parameters())

@@ -1,4 +1,4 @@
-"""scripts/setup.sh and the Makefile: which branch is taken on which machine, with stubs in place of Python and uv."""
+""".ci/setup.sh and the Makefile: which branch is taken on which machine, with stubs in place of Python and uv."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Machine:
 
     def run(self) -> tuple[int, str, list[str]]:
         env = {"PATH": str(self.bin), "LOG": str(self.log), "UV_STUB": str(self.uv_stub), "HOME": str(self.folder)}
-        command = ["bash", "scripts/setup.sh", ".venv"]
+        command = ["bash", ".ci/setup.sh", ".venv"]
         done = subprocess.run(command, cwd=self.folder, env=env | self.env, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr, self.log.read_text().splitlines()
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the environment from requirements.lock: `bash scripts/setup.sh .venv`. Needs uv, or any Python from 3.8 on to get uv
+# Make the environment from requirements.lock: `bash .ci/setup.sh .venv`. Needs uv, or any Python from 3.8 on to get uv
 # with; where no Python 3.11 or 3.12 is found, uv fetches a 3.11. Every package, uv itself included, comes from the lock with
 # its hash checked.
 set -euo pipefail

@@ -111,7 +111,8 @@ def _cell(estimate: EstimateRow | None, states: list[str]) -> TableCell:
 def _heading(spec: PaperSpec, column: Column, columns: Sequence[Column]) -> str:
     metric = spec.metric(column.metric)
     several = len({c.data for c in columns}) > 1
-    unit = {"points": "%"}.get(metric.unit, "" if metric.unit in metric.label else metric.unit)
+    said = metric.unit in metric.label or metric.label in metric.unit
+    unit = "%" if metric.unit == "points" else "" if said else metric.unit
     name = metric.label + (f", {column.data}" if several else "")
     return f"{name} ({unit})" if unit else name
 

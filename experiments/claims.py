@@ -83,8 +83,9 @@ class Claim:
     more than `margin` in each pair, in at least one, or in some while in others it is the second.
     kind "trend": the operands, in order, rise (their metric's better direction).
     kind "value": one operand; it agrees with `reported`, one value of the paper, within `margin` if one is given.
-    kind "identity": an exact relation between two operands without spread: a is better than b and, where `reported` is
-    given, a / b equals it.
+    kind "identity": an exact relation, which is checked and not tested. Of two operands without spread: a is better than b
+    and, where `reported` is given, a / b equals it. Of pairs (pattern "each"), or of one operand `against` a number: in every
+    single run the first is not worse than the second, or than the number.
     """
 
     id: str
@@ -276,9 +277,9 @@ def _check(spec: PaperSpec) -> None:
 
 
 def _check_claim(spec: PaperSpec, claim: Claim) -> None:
-    wanted = 1 if claim.against is not None else PAIRS.get(claim.kind)
-    if claim.against is not None and claim.kind != "comparison":
-        raise ClaimError(f"{claim.id}: only a comparison is held against a number, not a claim of kind '{claim.kind}'")
+    wanted = 1 if claim.against is not None else None if claim.pattern == "each" else PAIRS.get(claim.kind)
+    if claim.against is not None and claim.kind not in ("comparison", "identity"):
+        raise ClaimError(f"{claim.id}: a claim of kind '{claim.kind}' is not held against a number")
     if wanted is not None and len(claim.operands) != wanted:
         plural = "s" if wanted > 1 else ""
         raise ClaimError(f"{claim.id}: this {claim.kind} has {wanted} operand{plural}, got {len(claim.operands)}")

@@ -275,6 +275,8 @@ def _value(claim: Claim, runs: Runs) -> Evidence:
 
 
 def _identity(claim: Claim, runs: Runs) -> Evidence:
+    if claim.against is not None or claim.pattern == "each":
+        return _every_run(claim, runs)
     a, b = (runs.values(operand) for operand in claim.operands)
     for operand, values in zip(claim.operands, (a, b), strict=True):
         if np.unique(values).size > 1:
@@ -289,3 +291,19 @@ def _identity(claim: Claim, runs: Runs) -> Evidence:
     names = claim.operands[0].label, claim.operands[1].label
     finding = f"{names[0]} has {first:,.0f} {metric.unit} and {names[1]} {second:,.0f}: a ratio of {ratio:.3f}"
     return Evidence(estimate, None, not holds, holds, finding)
+
+
+def _every_run(claim: Claim, runs: Runs) -> Evidence:
+    """An exact statement, looked at run by run: the smallest slack says by how much it held, or by how much it failed."""
+    slacks = []
+    for pair in claim.pairs if claim.against is None else [(claim.operands[0], None)]:
+        values = runs.values(pair[0])
+        other = np.full_like(values, claim.against or 0.0) if pair[1] is None else runs.values(pair[1])
+        slacks.append(_oriented(runs.spec.metric(pair[0].metric), values, other))
+    least = float(min(slack.min() for slack in slacks))
+    count, unit = sum(slack.size for slack in slacks), runs.spec.metric(claim.operands[0].metric).unit
+    broken = sum(int((slack < 0).sum()) for slack in slacks)
+    told = f"in every one of {count} runs" if not broken else f"in {count - broken} of {count} runs, not in {broken}"
+    finding = f"it holds {told}; the smallest slack is {least:.3g} {unit}"
+    estimate = Estimate(least, 0.0, len(slacks[0]), least, least)
+    return Evidence(estimate, None, broken > 0, not broken, finding)

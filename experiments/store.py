@@ -8,7 +8,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ class Index:
         if (folder / "manifest.json").exists():
             current = read_run(folder)
             if current.state != "not run":
-                return current
+                return replace(current, key=key)  # two ablations that come to the same experiment share its run
         older = [s for s in self.signatures.get(key, []) if s != signature]
         finished = [s for s in older if (self.runs / s / "done.json").exists()]
         if finished:

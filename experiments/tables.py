@@ -88,12 +88,13 @@ def claims(verdicts: Sequence[Verdict], notes: Sequence[str]) -> TableModel:
     rows = []
     for v in verdicts:
         exact = v.kind == "identity"
-        estimate = MISSING if v.estimate is None else f"{v.estimate:.3f}" if exact else signed(v.estimate, v.unit)
+        estimate = MISSING if v.estimate is None else f"{v.estimate:.3g}" if exact else signed(v.estimate, v.unit)
         interval = MISSING if v.ci is None or exact else f"{signed(v.ci[0], v.unit)} to {signed(v.ci[1], v.unit)}"
         numbers = (estimate, interval, MISSING if exact else f"{v.margin:g}", str(v.n) if v.n else MISSING)
         rows.append(tuple(TableCell(text) for text in (v.id, v.verdict, *numbers, v.text)))
     under = [
-        "An estimate is a difference in the claim's unit, positive as the claim says; of an exact count it is the ratio.",
+        "An estimate is a difference in the claim's unit, positive as the claim says. An exact statement has no interval: its "
+        "estimate is the ratio of the counts, or the smallest slack of any run.",
         *notes,
     ]
     return TableModel("claims", "What became of each claim", header, tuple(rows), tuple(under), left=(0, 1, 6))

@@ -140,7 +140,7 @@ def _decide(
 
 def _word(claim: Claim, found: Evidence, p_adjusted: float | None, tested: int) -> tuple[str, str]:
     if found.p is None or p_adjusted is None:
-        return ("reproduced", "an exact count") if found.holds else ("not reproduced", "an exact count")
+        return "reproduced" if found.holds else "not reproduced", "exact, so there is nothing to test"
     design, n = claim.design, found.estimate.n
     if found.contrary:
         return "not reproduced", f"the interval lies wholly below the margin of {claim.margin:g}"

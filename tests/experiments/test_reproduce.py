@@ -176,7 +176,9 @@ def test_a_selection_of_cells_shows_its_numbers_and_leaves_results_alone(smoke: 
 def test_a_table_of_another_profile_can_be_asked_for(smoke: Path) -> None:
     planned = fivefold(smoke, "plan", "3", "--profile", "smoke", "--table", "axes", "--table", "resnet").stdout
     rows = {line.split()[0] for line in planned.splitlines() if line.strip()}
-    wanted = {row for table in load_paper("tropical_cnn").tables if table.id in ("axes", "resnet") for row in table.rows}
+    wanted = {
+        row for table in load_paper("tropical_cnn").tables if table.id in ("axes", "resnet") for row in table.rows
+    }
     assert wanted <= rows
     shown = fivefold(smoke, "reproduce", "3", "--profile", "smoke", "--table", "lenet", "--seed", "0").stdout
     assert [line for line in shown.splitlines() if line.startswith("| lenet_relu") and "(one run)" in line]

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,13 @@ def test_index_calls_a_cell_stale_only_if_other_code_has_finished_it(tmp_path: P
     _run(tmp_path, "new", failed={"error": "E"})
     assert Index.scan(tmp_path).record(KEY, "new").state == "failed"
     assert index.seconds([KEY]) == [2.0]
+
+
+def test_ablations_that_come_to_the_same_experiment_share_its_run_under_their_own_names(tmp_path: Path) -> None:
+    _run(tmp_path, "same", done={"seconds": 2.0}, metrics={"test/acc": 1.0})
+    other = replace(KEY, ablation="net1_by_another_name")
+    found = Index.scan(tmp_path).record(other, "same")
+    assert (found.key, found.state, found.metrics) == (other, "done", {"test/acc": 1.0})
 
 
 def _hold(folder: Path) -> None:

@@ -229,6 +229,21 @@ def test_a_comparison_with_a_number_turns_by_the_metrics_direction() -> None:
     assert _one(records({"a": [89.0, 91.0, 88.0, 92.0, 90.5, 89.5]}), high).verdict == "inconclusive"
 
 
+def test_an_exact_statement_is_checked_in_every_run_and_not_tested() -> None:
+    pairs = (operand("a", "test/loss"), operand("b", "test/loss"), operand("c", "test/loss"), operand("d", "test/loss"))
+    spec = claim(kind="identity", pattern="each", operands=pairs)
+    values = {"a": [1.0, 9.0, 2.0], "b": [1.5, 9.0, 80.0], "c": [0.1] * 3, "d": [0.2] * 3}
+    held = _one(records(values, "test/loss"), spec)
+    assert (held.verdict, held.p, held.estimate) == ("reproduced", None, 0.0)
+    assert "in every one of 6 runs" in held.reason
+    broken = _one(records(values | {"c": [0.1, 0.25, 0.1]}, "test/loss"), spec)
+    assert broken.verdict == "not reproduced"
+    assert "not in 1" in broken.reason
+    against = claim(kind="identity", operands=(operand("a"),), against=90.0)
+    assert _one(records({"a": [90.0, 99.0]}), against).verdict == "reproduced"
+    assert _one(records({"a": [89.9, 99.0]}), against).verdict == "not reproduced"
+
+
 def test_trend_and_value() -> None:
     rising = claim(kind="trend", operands=(operand("a"), operand("b"), operand("c")))
     up = records({"a": LEVEL, "b": [v + 1 for v in LEVEL], "c": [v + 2 for v in LEVEL]})

@@ -140,7 +140,7 @@ def _pareto(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Ca
             points.append((cost.mean, accuracy))
     if not points:
         return None
-    canvas, axes = plt.subplots(figsize=(3.5, 2.95))
+    canvas, axes = plt.subplots(figsize=(3.5, 2.95) if len(points) <= 8 else (5.2, 3.4))
     front: list[tuple[float, float]] = []
     for x, row in sorted(points, key=lambda p: (p[0], -p[1].mean)):
         if not front or row.mean > front[-1][1]:
@@ -153,7 +153,9 @@ def _pareto(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Ca
     _label_apart(axes, [(x, row.mean, row.ablation) for x, row in points])
     costs = sorted({x for x, _ in points})
     axes.set_xlim(costs[0] / 1.5, costs[-1] * 2.4)
-    axes.set_xticks(costs, [f"{cost:,.0f}" for cost in costs])
+    round_costs = [m * 10**e for e in range(9) for m in (1, 2, 5) if costs[0] / 1.5 <= m * 10**e <= costs[-1] * 1.5]
+    ticks = costs if len(costs) <= 4 else round_costs
+    axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("multiplications per image (log scale)")
     axes.set_ylabel("test accuracy (%)")
@@ -163,15 +165,18 @@ def _pareto(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Ca
 
 
 def _label_apart(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write names right of their points, pushed apart where several share a column."""
+    """Write names right of their points, pushed apart where several stand in about the same place of the axis."""
     low, high = axes.get_ylim()
     apart = 0.05 * (high - low)
-    for x in sorted({x for x, _, _ in points}):
-        height = -math.inf
-        for _, y, name in sorted(p for p in points if p[0] == x):
+    waiting = sorted(points)
+    while waiting:
+        column = [p for p in waiting if p[0] <= 1.3 * waiting[0][0]]
+        waiting = waiting[len(column) :]
+        right, height = max(x for x, _, _ in column), -math.inf
+        for x, y, name in sorted(column, key=lambda p: (p[1], p[0], p[2])):
             height = max(y, height + apart)
             axes.annotate(
-                name, (x, y), xytext=(x * 1.09, height), va="center", fontsize=6.5,
+                name, (x, y), xytext=(right * 1.09, height), va="center", fontsize=6.5,
                 arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": "#999999", "shrinkA": 0, "shrinkB": 2},
             )  # fmt: skip
 

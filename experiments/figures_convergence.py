@@ -37,7 +37,7 @@ def gains(spec: PaperSpec, figure: Figure, estimates: Estimates, records: Sequen
     axes.axvline(1, color="#000000", linewidth=0.8)
     axes.set_xscale("log")
     low, high = axes.get_xlim()
-    ticks = [t for t in (0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0) if low <= t <= high]
+    ticks = [t for t in (0.2, 0.3, 0.5, 0.7, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0) if low <= t <= high]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_yticks(range(len(shown)), [name for name, _ in shown])

@@ -142,18 +142,27 @@ def _models(
 
 
 def _drawings(
-    spec: PaperSpec, rows: Sequence[EstimateRow], verdicts: Sequence[Verdict], records: Sequence[Record], profile: str
+    spec: PaperSpec,
+    rows: Sequence[EstimateRow],
+    verdicts: Sequence[Verdict],
+    records: Sequence[Record],
+    profile: str,
+    text_as_paths: bool = True,
 ) -> dict[str, tuple[str, str]]:
     found = {}
     for figure in spec.figures:
-        if profile in figure.profiles and (svg := figures.draw(spec, figure, rows, verdicts, records)):
+        if profile not in figure.profiles:
+            continue
+        if svg := figures.draw(spec, figure, rows, verdicts, records, text_as_paths):
             found[figure.id] = (figure.title, svg)
     return found
 
 
 def _view(spec: PaperSpec, records: Sequence[Record], verdicts: Sequence[Verdict]) -> dict[str, Any]:
     rows, profile = estimates(spec, records), _profile(records)
-    drawings = _drawings(spec, rows, verdicts, records, profile)
+    drawings = _drawings(spec, rows, verdicts, records, profile, text_as_paths=False)
+    models = _models(spec, rows, records, profile)
+    shown = {cell.door for model in models for row in model.rows for cell in row}
     return {
         "spec": spec,
         "profile": profile,
@@ -161,7 +170,7 @@ def _view(spec: PaperSpec, records: Sequence[Record], verdicts: Sequence[Verdict
         "counts": {
             word: sum(v.verdict == word for v in verdicts) for word in dict.fromkeys(v.verdict for v in verdicts)
         },
-        "tables": [Markup(tables.html(model, spec.key)) for model in _models(spec, rows, records, profile)],
+        "tables": [Markup(tables.html(model, spec.key)) for model in models],
         "figures": [
             (name, title, Markup(_inline(svg, f"{spec.key}-{name}", title))) for name, (title, svg) in drawings.items()
         ],
@@ -171,14 +180,17 @@ def _view(spec: PaperSpec, records: Sequence[Record], verdicts: Sequence[Verdict
         "commit": _distinct([r for r in records if r.state == "done"], "commit"),
         "deviations": deviations(spec.key),
         "runs": sum(record.state == "done" for record in records),
-        "doors": _doors(spec, rows, records, verdicts),
+        "doors": _doors(spec, [row for row in rows if tables.door(row) in shown], records, verdicts),
     }
 
 
 def _inline(svg: str, name: str, title: str) -> str:
     """An SVG for use inside the page: no XML header, ids of its own, and a name for people who do not see it."""
-    body = svg[svg.index("<svg") :]
-    for identity in set(re.findall(r'id="([^"]+)"', body)):
+    body = "\n".join(line.strip() for line in svg[svg.index("<svg") :].splitlines())
+    used = set(re.findall(r'"#([^"]+)"', body)) | set(re.findall(r"url\(#([^)]+)\)", body))
+    for identity in set(re.findall(r'id="([^"]+)"', body)) - used:
+        body = body.replace(f' id="{identity}"', "")
+    for identity in used:
         body = body.replace(f'id="{identity}"', f'id="{name}-{identity}"')
         body = body.replace(f'"#{identity}"', f'"#{name}-{identity}"').replace(
             f"url(#{identity})", f"url(#{name}-{identity})"
@@ -200,9 +212,9 @@ def _doors(
             "label": spec.metric(row.metric).label,
             "unit": row.unit,
             "group": f"{row.ablation}|{row.data}",
-            "mean": row.mean,
-            "ci": [row.ci_low, row.ci_high],
-            "values": [record.metrics.get(row.metric) for record in members[row.ablation, row.data]],
+            "mean": _shortened(row.mean),
+            "ci": [_shortened(row.ci_low), _shortened(row.ci_high)],
+            "values": [_shortened(record.metrics.get(row.metric)) for record in members[row.ablation, row.data]],
         }
         for row in rows
     }
@@ -211,6 +223,10 @@ def _doors(
     for claim in claims.values():
         claim["groups"] = list(dict.fromkeys(where[run] for run in claim.pop("runs") if run in where))
     return {"groups": groups, "numbers": numbers, "claims": claims}
+
+
+def _shortened(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.8g}")
 
 
 def _group(found: list[Record]) -> dict[str, Any]:

@@ -54,9 +54,9 @@ class Machine:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.bin, self.log = folder / "project", folder / "bin", folder / "log"
-        (self.folder / "scripts").mkdir(parents=True)
+        (self.folder / ".ci").mkdir(parents=True)
         self.bin.mkdir()
-        shutil.copy(ROOT / "scripts" / "setup.sh", self.folder / "scripts")
+        shutil.copy(ROOT / ".ci" / "setup.sh", self.folder / ".ci")
         for tool in TOOLS:
             (self.bin / tool).symlink_to(shutil.which(tool) or tool)
         self.uv_stub = folder / "uv"
@@ -208,7 +208,7 @@ def test_a_wheel_without_the_locked_hash_is_not_used(machine: Machine, index: tu
 
 
 def test_the_script_names_no_host() -> None:
-    text = (ROOT / "scripts" / "setup.sh").read_text()
+    text = (ROOT / ".ci" / "setup.sh").read_text()
     assert "://" not in text
     assert not re.search(r"\b[a-z0-9-]+\.(org|com|io|net|sh)\b(?<!setup\.sh)", text)
 

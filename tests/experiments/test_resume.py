@@ -56,6 +56,11 @@ def _needs_mnist() -> None:
         pytest.skip(f"MNIST cannot be had here: {error}")
 
 
+def _written(file: Path) -> int:
+    """When a file was last written, in nanoseconds; 0 where there is none."""
+    return file.stat().st_mtime_ns if file.exists() else 0
+
+
 def _done(runs: Path, cell: Cell) -> dict:
     return json.loads((runs / cell.signature / "done.json").read_text())
 
@@ -70,24 +75,30 @@ def test_killed_at_random_points_it_ends_with_the_same_weights(ablation: str, fo
     length = time.monotonic() - started
     assert whole.exitcode == 0
     moments = random.Random(f"{ablation} moments")
-    kills, resumed_from = 0, set()
-    for _ in range(30):
+    checkpoint = tmp_path / "cut" / cell.signature / "last.ckpt"
+    kills = resumed = 0
+    for attempt in range(30):
+        before = _written(checkpoint)
         process = forkserver.Process(target=_body, args=(cell, tmp_path / "cut"))
         process.start()
-        if kills < 5:
-            process.join(timeout=moments.uniform(0.2, 0.55) * length)
+        resumed += before > 0
+        if attempt == 0:
+            process.join(timeout=moments.uniform(0.05, 0.5) * length)
+        elif kills < 5:  # somewhere in the epoch that follows the next checkpoint
+            while process.is_alive() and _written(checkpoint) == before:
+                time.sleep(0.002)
+            process.join(timeout=moments.uniform(0.0, 0.15) * length)
         else:
             process.join()
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             kills += 1
-            resumed_from.add((tmp_path / "cut" / cell.signature / "last.ckpt").exists())
             continue
         assert process.exitcode == 0
         break
     assert kills >= 2, "too few kills came before the end: the test would say nothing"
-    assert True in resumed_from, "no run went on from a checkpoint: the test would say nothing"
+    assert resumed >= 1, "no run went on from a checkpoint: the test would say nothing"
     assert _done(tmp_path / "cut", cell)["weights_sha256"] == _done(tmp_path / "whole", cell)["weights_sha256"]
     metrics = [json.loads((tmp_path / side / cell.signature / "metrics.json").read_text()) for side in ("whole", "cut")]
     for side in metrics:

@@ -75,8 +75,7 @@ def draw(
 
 def _rounded(svg: str) -> str:
     """Paths and places to a hundredth of a point, which no eye can tell: files of half the size."""
-    shorter = lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match.group(0))  # noqa: E731
-    return re.sub(r' (?:d|x|y)="[^"]*"', shorter, svg)
+    return re.sub(r' (?:d|x|y)="[^"]*"', lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match.group(0)), svg)
 
 
 def _forest(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Canvas | None:

@@ -215,7 +215,7 @@ def test_the_script_names_no_host() -> None:
 
 def _make(*arguments: str) -> tuple[int, str]:
     """What make would run, the environment being taken as made."""
-    command = ["make", "--dry-run", "--assume-old=.venv/.installed", *arguments]
+    command = ["make", "--no-print-directory", "--dry-run", "--assume-old=.venv/.installed", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.returncode, " ".join((done.stdout + done.stderr).split())
 

@@ -1,10 +1,11 @@
-"""Every data set by name: images that are fetched, and functions whose values are generated."""
+"""Every data set by name: images and texts that are fetched, and functions whose values are generated."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
+from datamodules import text
 from datamodules.sources import DataCard, data_sha256, load_images
 from lit_modules.ops import targets
 
@@ -15,20 +16,25 @@ def content_sha256(name: str) -> str:
     Raises:
         ValueError: unknown name, nearest one included.
     """
-    return generated_card(name).sha256 if name in targets.FAMILIES else data_sha256(name)
+    if name in targets.FAMILIES:
+        return generated_card(name).sha256
+    return text.content_sha256(name) if text.is_corpus(name) else data_sha256(name)
 
 
 def card_of(name: str, fetch: bool = True) -> DataCard:
     """Return what a data set is; it is on this machine afterwards.
 
     Args:
-        name: of a set of images in `datamodules.sources`, or of a function in `lit_modules.ops.targets`.
+        name: of a set of images in `datamodules.sources`, of a corpus in `datamodules.text`, or of a function in
+            `lit_modules.ops.targets`.
         fetch: False to use only what is on this machine.
     Raises:
         ValueError: unknown name, nearest one included.
         DataUnavailable: nothing led to the data.
     """
-    return generated_card(name) if name in targets.FAMILIES else load_images(name, fetch=fetch).card
+    if name in targets.FAMILIES:
+        return generated_card(name)
+    return text.text_card(name, fetch) if text.is_corpus(name) else load_images(name, fetch=fetch).card
 
 
 def generated_card(name: str) -> DataCard:

@@ -1,7 +1,7 @@
 """Which experts a token goes to, and with what weight.
 
-Legend: S tokens, N experts, K experts chosen per token. All of it is done in float32 (float64 for float64 logits): with a
-softmax in bfloat16, tied router rows no longer win or lose together, and virtual groups fall apart at step 0.
+Legend: S tokens, N experts, K experts chosen per token. All of it is done in float32 (float64 for float64 logits): in
+bfloat16 replicas whose logits differ come out equal, and the wrong one wins or, if ties are broken anyhow, parts of each do.
 """
 
 from __future__ import annotations

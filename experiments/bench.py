@@ -1,7 +1,10 @@
 """Speed and memory of the tropical operators as ratios to named peers, measured side by side in one run.
 
 Peers: the published code's way (unfold, broadcast, reduce), torch's ordinary convolution of the same shape, and for
-the matrix product torch.cdist with p=inf, which is another operation of the same cost and only a yardstick.
+the matrix product torch.cdist with p=inf, which is another operation of the same cost and only a yardstick. A call that
+computes nothing stands beside the convolutions: no operator written in Python can be faster.
+
+Peers take turns, so that whatever else the machine does meets all alike; within its turn each is warm.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-REPEATS = 15
+ROUNDS = 5  # turns of each peer
+REPEATS = 4  # timed calls in each turn, at least,
+TURN_S = 0.02  # and as many as fit in this time
 
 
 @dataclass(frozen=True)
@@ -96,27 +101,55 @@ def _peers(shape: Shape) -> dict[str, Callable[[Any, Any], Any]]:
         "portable (ours)": lambda x, w: tropical_conv2d(x, w, inner="min", outer="sum", backend="portable", **geometry),
         "broadcast, as published": lambda x, w: published(x, w, shape),
         "torch conv2d": lambda x, w: F.conv2d(x, w, **geometry),
+        "a call of nothing (floor)": _nothing(shape),
     }
 
 
-def _median_ms(call: Callable[[], object]) -> float:
-    call()
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times)
-
-
-def _time(op: Callable[[Any, Any], Any], x: Any, w: Any) -> tuple[float, float]:
+def _nothing(shape: Shape) -> Callable[[Any, Any], Any]:
+    """An autograd function that allocates its output and gradients and leaves them as they are."""
     import torch
 
-    leaves = [leaf for leaf in (x, w) if leaf.requires_grad]
-    forward = _median_ms(lambda: op(x, w))
-    y = op(x, w)
+    side = (shape.side + 2 * shape.padding - shape.kernel) // shape.stride + 1
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, w: Any) -> Any:
+            ctx.save_for_backward(x, w)
+            return torch.empty(shape.batch, shape.filters, side, side)
+
+        @staticmethod
+        def backward(ctx: Any, g: Any) -> Any:
+            x, w = ctx.saved_tensors
+            return torch.empty(x.shape) if ctx.needs_input_grad[0] else None, torch.empty(w.shape)
+
+    return Nothing.apply
+
+
+def _median_ms(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """The median time of each call in milliseconds, taken in turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            call()
+            turn: list[float] = []
+            while len(turn) < REPEATS or sum(turn) < TURN_S:
+                start = time.perf_counter()
+                call()
+                turn.append(time.perf_counter() - start)
+            times[name] += turn
+    return {name: 1000 * statistics.median(taken) for name, taken in times.items()}
+
+
+def _forward(op: Callable[[Any, Any], Any], x: Any, w: Any) -> Callable[[], object]:
+    return lambda: op(x, w)
+
+
+def _backward(op: Callable[[Any, Any], Any], x: Any, w: Any) -> Callable[[], object]:
+    import torch
+
+    leaves, y = [leaf for leaf in (x, w) if leaf.requires_grad], op(x, w)
     cotangent = torch.ones_like(y)
-    return forward, _median_ms(lambda: torch.autograd.grad(y, leaves, cotangent, retain_graph=True))
+    return lambda: torch.autograd.grad(y, leaves, cotangent, retain_graph=True)
 
 
 def _grow(op: Callable[[Any, Any], Any], x: Any, w: Any, backward: bool, outcome: Any) -> None:
@@ -149,15 +182,21 @@ def _row(shape: str, peer: str, forward: float, backward: float, memory: float, 
     return Row(shape, peer, forward, backward, memory, *ratios)
 
 
+def _rows(name: str, peers: dict[str, Callable[[Any, Any], Any]], x: Any, w: Any) -> list[Row]:
+    """A row per peer, the compiled path first, ratios to it. Without operands that take a gradient, no backward."""
+    forward = _median_ms({peer: _forward(op, x, w) for peer, op in peers.items()})
+    trained = x.requires_grad or w.requires_grad
+    backward = _median_ms({peer: _backward(op, x, w) for peer, op in peers.items()}) if trained else {}
+    rows: list[Row] = []
+    for peer, op in peers.items():
+        memory = _memory_mib(op, x, w, backward=trained)
+        rows.append(_row(name, peer, forward[peer], backward.get(peer, 0.0), memory, rows))
+    return rows
+
+
 def measure(shape: Shape) -> list[Row]:
     """Return a row per peer, the compiled path first, ratios to it (above 1: the compiled path is better)."""
-    x, w = _operands(shape)
-    rows: list[Row] = []
-    for name, op in _peers(shape).items():
-        forward, backward = _time(op, x, w)
-        memory = _memory_mib(op, x, w)
-        rows.append(_row(shape.name, name, forward, backward, memory, rows))
-    return rows
+    return _rows(shape.name, _peers(shape), *_operands(shape))
 
 
 def measure_matmul(rows: int, inner: int, columns: int) -> list[Row]:
@@ -174,12 +213,7 @@ def measure_matmul(rows: int, inner: int, columns: int) -> list[Row]:
         "torch cdist p=inf (yardstick)": lambda x, w: torch.cdist(x, w, p=float("inf")),
         "torch matmul": lambda x, w: x @ w.T,
     }
-    found: list[Row] = []
-    for peer, op in peers.items():
-        forward, backward = _time(op, x, w)
-        memory = _memory_mib(op, x, w)
-        found.append(_row(name, peer, forward, backward, memory, found))
-    return found
+    return _rows(name, peers, x, w)
 
 
 def measure_normal_form(samples: int, inputs: int, outputs: int) -> list[Row]:
@@ -194,12 +228,7 @@ def measure_normal_form(samples: int, inputs: int, outputs: int) -> list[Row]:
         "compiled (ours)": lambda f, g: restricted_weight(f, g, "min"),
         "broadcast": lambda f, g: (g[:, :, None] - f[:, None, :]).amax(0),
     }
-    found: list[Row] = []
-    for peer, op in peers.items():
-        forward = _median_ms(lambda op=op: op(f, g))  # type: ignore[misc]
-        memory = _memory_mib(op, f, g, backward=False)
-        found.append(_row(name, peer, forward, 0.0, memory, found))
-    return found
+    return _rows(name, peers, f, g)
 
 
 def run_bench(out: Path) -> list[Row]:

@@ -9,13 +9,14 @@ Legend: B batch, C channels per group, F filters, H W input, K L kernel, M outpu
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_modules.ops import tropical_compiled, tropical_portable
+from lit_modules.ops import tropical_compiled, tropical_direct, tropical_portable
 from lit_modules.ops.geometry import Geometry, pair
 from lit_modules.ops.tropical_reference import conv2d_reference
 
@@ -70,22 +71,13 @@ def tropical_conv2d(
     Source: the co-author's code of arXiv 2103.02096 (six forms); OpenTCNN for arXiv 2504.06881 (channel weights). Groups,
         dilation, the padding value and the tie rule as options are ours.
     """
-    _check_choice("inner", inner, ("min", "max"))
-    _check_choice("outer", outer, ("sum", "min", "max"))
-    _check_choice("ties", ties, ("first", "split"))
-    _check_choice("backend", backend, ("auto", "compiled", "portable", "reference"))
-    _check_tensors(x_BCHW, w_FCKL, mix_FC, bias_F, groups, outer)
-    padding = pair(padding, "padding", 0)
-    padded_BCHW = _pad(x_BCHW, padding, padding_value, inner)
-    geometry = _geometry(padded_BCHW, w_FCKL, stride, dilation, groups)
+    options = _Options(
+        inner, outer, _hashable(stride), _hashable(padding), _hashable(dilation), groups, padding_value, ties, backend
+    )
+    way = _settle(options, _spec(x_BCHW), _spec(w_FCKL), _spec(mix_FC), _spec(bias_F))
     if x_BCHW.shape[0] == 0:
-        return _of_empty_batch((x_BCHW, w_FCKL, mix_FC, bias_F), (0, w_FCKL.shape[0], *geometry.output))
-    chosen = _choose(backend, padded_BCHW, w_FCKL)
-    if chosen == "reference":
-        y_BFHW = conv2d_reference(padded_BCHW, w_FCKL, mix_FC, inner, outer, geometry, ties)
-    else:
-        conv2d = tropical_compiled.conv2d if chosen == "compiled" else tropical_portable.conv2d
-        y_BFHW = conv2d(padded_BCHW, w_FCKL, mix_FC, inner, outer, geometry, ties)
+        return _of_empty_batch((x_BCHW, w_FCKL, mix_FC, bias_F), (0, w_FCKL.shape[0], *way.geometry.output))
+    y_BFHW = _conv2d(x_BCHW, w_FCKL, mix_FC, options, way)
     return y_BFHW if bias_F is None else y_BFHW + bias_F[:, None, None]
 
 
@@ -123,44 +115,111 @@ def _of_empty_batch(operands: tuple[Tensor | None, ...], shape: tuple[int, ...])
     return torch.stack([tensor.sum() for tensor in given]).sum() * given[0].new_zeros(shape)
 
 
-def _choose(backend: Backend, x_BCHW: Tensor, w_FCKL: Tensor) -> str:
-    compilable = x_BCHW.device.type == "cpu" and x_BCHW.dtype in (torch.float32, torch.float64)
-    if backend == "compiled" and not compilable:
-        raise ValueError(f"the compiled path is for CPU float32 or float64, got {x_BCHW.device} {x_BCHW.dtype}")
-    if backend in ("portable", "reference"):
-        return backend
-    if not compilable:
-        return "portable"
-    # A comparison drops NaN where min and max must keep it; such inputs take the path that keeps it.
-    has_nan = bool(torch.isnan(x_BCHW.detach().sum() + w_FCKL.detach().sum()))
-    return "portable" if has_nan else "compiled"
+class _Options(NamedTuple):
+    inner: Inner
+    outer: Outer
+    stride: int | tuple[int, int]
+    padding: int | tuple[int, int]
+    dilation: int | tuple[int, int]
+    groups: int
+    padding_value: PaddingValue
+    ties: Ties
+    backend: Backend
 
 
-def _pad(x_BCHW: Tensor, padding: tuple[int, int], value: PaddingValue, inner: Inner) -> Tensor:
+class _Way(NamedTuple):
+    """How a call is done: by which path, and by which plan if small layers' direct kernels are the faster ones."""
+
+    path: Literal["compiled", "portable", "reference"]
+    geometry: Geometry
+    padding: tuple[int, int]
+    value: float | Literal["replicate"]
+    plan: Any
+
+
+_Spec = tuple[tuple[int, ...], torch.dtype, torch.device]
+
+
+def _spec(tensor: Tensor | None) -> _Spec | None:
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+
+
+def _hashable(value: int | tuple[int, int]) -> int | tuple[int, int]:
+    return value if isinstance(value, int) else tuple(value)  # type: ignore[return-value]  # `pair` counts
+
+
+@lru_cache(maxsize=512)
+def _settle(options: _Options, x: _Spec, w: _Spec, mix: _Spec | None, bias: _Spec | None) -> _Way:
+    """Check everything that can be said without looking at numbers; kept, because small layers are called often."""
+    _check_choice("inner", options.inner, ("min", "max"))
+    _check_choice("outer", options.outer, ("sum", "min", "max"))
+    _check_choice("ties", options.ties, ("first", "split"))
+    _check_choice("backend", options.backend, ("auto", "compiled", "portable", "reference"))
+    _check_tensors(x, w, mix, bias, options)
+    padding, value = pair(options.padding, "padding", 0), options.padding_value
     if isinstance(value, str) and value not in ("neutral", "replicate"):
         raise ValueError(f"padding_value must be a number, 'neutral' or 'replicate', got {value!r}")
-    high, wide = padding
+    batch, channels, high, wide = x[0]
+    size = high + 2 * padding[0], wide + 2 * padding[1]
+    geometry = _geometry(size, (w[0][2], w[0][3]), options)
+    path, plan = _choose(options.backend, x), None
+    if path == "compiled" and options.ties == "first" and mix is None:
+        shape, pads = ((batch, channels, *size), (0, 0)) if value == "replicate" else (x[0], padding)
+        if tropical_direct.suits(shape, geometry, w[0][1], pads):
+            plan = tropical_direct.make_plan(shape, geometry, w[0][0], w[0][1], pads)
+    if value != "replicate":
+        value = ZERO[options.inner] if value == "neutral" else float(value)
+    return _Way(path, geometry, padding, value, plan)
+
+
+def _conv2d(x_BCHW: Tensor, w_FCKL: Tensor, mix_FC: Tensor | None, options: _Options, way: _Way) -> Tensor:
+    if way.value == "replicate":
+        x_BCHW = _pad(x_BCHW, way)
+    if way.plan is not None:
+        value = 0.0 if way.value == "replicate" else way.value
+        y = tropical_direct.conv2d(x_BCHW, w_FCKL, options.inner, options.outer, way.plan, value, way.geometry.output)
+        if y is not None:
+            return y
+    if way.value != "replicate":
+        x_BCHW = _pad(x_BCHW, way)
+    path = way.path
+    if path == "compiled" and options.backend == "auto" and _has_nan(x_BCHW, w_FCKL):
+        path = "portable"  # a comparison drops NaN where min and max must keep it
+    conv2d = {"compiled": tropical_compiled.conv2d, "portable": tropical_portable.conv2d, "reference": conv2d_reference}
+    return conv2d[path](x_BCHW, w_FCKL, mix_FC, options.inner, options.outer, way.geometry, options.ties)
+
+
+def _has_nan(x_BCHW: Tensor, w_FCKL: Tensor) -> bool:
+    return bool(torch.isnan(x_BCHW.detach().sum() + w_FCKL.detach().sum()))
+
+
+def _choose(backend: Backend, x: _Spec) -> Literal["compiled", "portable", "reference"]:
+    _, dtype, device = x
+    compilable = device.type == "cpu" and dtype in (torch.float32, torch.float64)
+    if backend == "compiled" and not compilable:
+        raise ValueError(f"the compiled path is for CPU float32 or float64, got {device} {dtype}")
+    if backend in ("portable", "reference"):
+        return backend
+    return "compiled" if compilable else "portable"
+
+
+def _pad(x_BCHW: Tensor, way: _Way) -> Tensor:
+    high, wide = way.padding
     if high == wide == 0:
         return x_BCHW
     sides = (wide, wide, high, high)
-    if value == "replicate":
-        return F.pad(x_BCHW, sides, mode="replicate")
-    return F.pad(x_BCHW, sides, value=ZERO[inner] if value == "neutral" else float(value))
+    return F.pad(x_BCHW, sides, mode="replicate") if way.value == "replicate" else F.pad(x_BCHW, sides, value=way.value)
 
 
-def _geometry(
-    padded_BCHW: Tensor, w_FCKL: Tensor, stride: int | tuple[int, int], dilation: int | tuple[int, int], groups: int
-) -> Geometry:
-    stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
-    kernel = (w_FCKL.shape[2], w_FCKL.shape[3])
-    size = padded_BCHW.shape[2:]
+def _geometry(size: tuple[int, int], kernel: tuple[int, int], options: _Options) -> Geometry:
+    stride, dilation = pair(options.stride, "stride", 1), pair(options.dilation, "dilation", 1)
     output = tuple((size[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1))
     if min(output) < 1:
         raise ValueError(
-            f"the window {kernel} with dilation {dilation} does not fit the padded input {tuple(size)}: "
+            f"the window {kernel} with dilation {dilation} does not fit the padded input {size}: "
             "use a smaller kernel or dilation, or more padding"
         )
-    return Geometry(kernel, stride, dilation, groups, (output[0], output[1]))
+    return Geometry(kernel, stride, dilation, options.groups, (output[0], output[1]))
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -168,30 +227,29 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
-def _check_tensors(
-    x_BCHW: Tensor, w_FCKL: Tensor, mix_FC: Tensor | None, bias_F: Tensor | None, groups: int, outer: Outer
-) -> None:
-    if x_BCHW.ndim != 4 or w_FCKL.ndim != 4:
-        shapes = f"{tuple(x_BCHW.shape)} and {tuple(w_FCKL.shape)}"
-        raise ValueError(f"the input must be (B, C, H, W) and the weight (F, C / groups, K, L); got {shapes}")
-    filters, channels = w_FCKL.shape[:2]
-    if groups < 1 or x_BCHW.shape[1] != channels * groups or filters % max(groups, 1):
+def _check_tensors(x: _Spec, w: _Spec, mix: _Spec | None, bias: _Spec | None, options: _Options) -> None:
+    shape, weight, groups = tuple(x[0]), tuple(w[0]), options.groups
+    if len(shape) != 4 or len(weight) != 4:
         raise ValueError(
-            f"{x_BCHW.shape[1]} input channels, {groups} groups and weight {tuple(w_FCKL.shape)} do not fit: "
+            f"the input must be (B, C, H, W) and the weight (F, C / groups, K, L); got {shape} and {weight}"
+        )
+    filters, channels = weight[:2]
+    if groups < 1 or shape[1] != channels * groups or filters % max(groups, 1):
+        raise ValueError(
+            f"{shape[1]} input channels, {groups} groups and weight {weight} do not fit: "
             "the weight's second size is channels / groups, and groups must divide the filters"
         )
-    if 0 in w_FCKL.shape:
-        raise ValueError(f"nothing to reduce: input {tuple(x_BCHW.shape)}, weight {tuple(w_FCKL.shape)}")
-    if mix_FC is not None and outer != "sum":
-        raise ValueError(f"mix weights the channels of a sum; with outer={outer!r} it has no meaning")
-    expected = {"mix": (mix_FC, (filters, channels)), "bias": (bias_F, (filters,)), "weight": (w_FCKL, None)}
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
+    if 0 in weight:
+        raise ValueError(f"nothing to reduce: input {shape}, weight {weight}")
+    if mix is not None and options.outer != "sum":
+        raise ValueError(f"mix weights the channels of a sum; with outer={options.outer!r} it has no meaning")
+    for name, spec, expected in (("mix", mix, (filters, channels)), ("bias", bias, (filters,)), ("weight", w, weight)):
+        if spec is None:
             continue
-        if shape is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-        if not tensor.is_floating_point() or tensor.dtype != x_BCHW.dtype or tensor.device != x_BCHW.device:
+        if tuple(spec[0]) != expected:
+            raise ValueError(f"{name} must have shape {expected}, got {tuple(spec[0])}")
+        if not spec[1].is_floating_point or spec[1:] != x[1:]:
             raise TypeError(
                 f"input and {name} must share one floating type and device; "
-                f"got {x_BCHW.dtype} on {x_BCHW.device} and {tensor.dtype} on {tensor.device}"
+                f"got {x[1]} on {x[2]} and {spec[1]} on {spec[2]}"
             )

@@ -1,5 +1,7 @@
 """The compiled CPU path of the tropical convolution, as an autograd function round the kernels of `_tropical_numba`.
 
+It takes all options and any shape; where it suits, `lit_modules.ops.tropical_direct` is the faster compiled path.
+
 Legend: B batch, C channels per group, F filters, H W padded input, O P output height and width, K kernel positions.
 """
 

@@ -228,7 +228,7 @@ def content_sha256(name: str | Corpus) -> str:
         return _reader(chosen).measure(chosen)[0]
     except NotThisWay as error:
         said = [f"local: {error}"]
-        raise DataUnavailable(_advice(chosen, said) + f" Then datamodules.text.text_card({chosen.name!r}).") from error
+        raise DataUnavailable(_advice(chosen, said) + f" Then `fivefold data {chosen.name}`.") from error
 
 
 def text_card(name: str | Corpus, fetch: bool = True) -> DataCard:

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,12 @@ CONF = ROOT / "conf"
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run, resolved: its key and its whole configuration as plain containers."""
+    """One training run, resolved: its key and its whole configuration as plain containers, and where those came from."""
 
     key: CellKey
     config: dict[str, Any]
+    conf: Path = CONF
+    trainer: str = "cpu"
 
     @cached_property
     def hashed(self) -> dict[str, Any]:
@@ -42,12 +44,24 @@ class Cell:
         return {name: self.config[name] for name in hashed_keys()} | {"profile": self.key.profile}
 
     @cached_property
+    def parent(self) -> Cell | None:
+        """The cell whose trained weights this one starts from.
+
+        Raises:
+            ConfigError: no such ablation, or a cell that descends from itself.
+        """
+        if self.config["parent"] is None:
+            return None
+        return resolve(replace(self.key, ablation=self.config["parent"]["ablation"]), self.conf, self.trainer)
+
+    @cached_property
     def signature(self) -> str:
-        """First 20 hex digits of the sha256 over configuration, code and data."""
+        """First 20 hex digits of the sha256 over configuration, code and data, and those of the parent."""
         parts = {
             "config": self.hashed,
             "code": digest(closure(sorted(set(targets_of(self.hashed))))),
-            "data": _data_sha256(self.key.data),
+            "data": _data_sha256(self.config["data"]["name"]),
+            "parent": self.parent.signature if self.parent else None,
         }
         return hashlib.sha256(canonical(parts).encode()).hexdigest()[:20]
 
@@ -61,10 +75,13 @@ class Cell:
 
 
 def _data_sha256(name: str) -> str:
+    from datamodules import text
     from datamodules.sources import DATASETS, data_sha256
 
     if name in DATASETS:
         return data_sha256(name)
+    if text.is_corpus(name):
+        return text.content_sha256(name)
     from datamodules.catalogue import content_sha256  # generated data need torch, whose import takes seconds
 
     return content_sha256(name)
@@ -118,7 +135,20 @@ def resolve(key: CellKey, conf: Path = CONF, trainer: str = "cpu") -> Cell:
     template = _template(key.paper, key.ablation, key.data, key.profile, conf, trainer)
     config = template.config_of(key.seed) if template else _resolved(key, conf, trainer, key.seed)
     validate(config, origin)
-    return Cell(key, config)
+    _check_ancestry(key, config, conf, trainer)
+    return Cell(key, config, conf, trainer)
+
+
+def _check_ancestry(key: CellKey, config: dict[str, Any], conf: Path, trainer: str) -> None:
+    """Refuse a parent that does not exist, or one that descends from this very ablation."""
+    seen, parent = [key.ablation], config["parent"]
+    while parent is not None:
+        seen.append(parent["ablation"])
+        if len(set(seen)) < len(seen):
+            raise ConfigError(f"parent.ablation: {' <- '.join(seen)}: an ablation cannot descend from itself")
+        above = replace(key, ablation=parent["ablation"])
+        template = _template(above.paper, above.ablation, above.data, above.profile, conf, trainer)
+        parent = (template.config if template else _resolved(above, conf, trainer, above.seed))["parent"]
 
 
 @dataclass(frozen=True)

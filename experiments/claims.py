@@ -86,6 +86,9 @@ class Claim:
     kind "identity": an exact relation, which is checked and not tested. Of two operands without spread: a is better than b
     and, where `reported` is given, a / b equals it. Of pairs (pattern "each"), or of one operand `against` a number: in every
     single run the first is not worse than the second, or than the number.
+
+    `relative`: differences are of 100 times the logarithm, that is in percent, and so is the margin. `beyond`: why no profile
+    of the suite can put the question; the claim is listed as not assessable, with what the paper reports.
     """
 
     id: str
@@ -100,6 +103,8 @@ class Claim:
     design: Design = Design()
     reported: float | None = None
     scale: Literal["full", "reduced"] = "reduced"
+    relative: bool = False
+    beyond: str = ""
     profiles: tuple[str, ...] = PROFILES
 
     @property
@@ -134,11 +139,24 @@ class Figure:
     """A picture: its kind (see experiments/figures.py), what it shows and where; `plain` rows are those without the method."""
 
     id: str
-    kind: Literal["forest", "noise", "pareto", "verdicts", "difference", "gains", "curves", "rate"]
+    kind: Literal[
+        "forest",
+        "noise",
+        "pareto",
+        "verdicts",
+        "difference",
+        "gains",
+        "curves",
+        "rate",
+        "advantage",
+        "survival",
+        "load",
+    ]
     title: str
     data: str = ""
     rows: tuple[str, ...] = ()
     baseline: str | None = None
+    metric: str = "test/acc"  # of a forest
     plain: tuple[str, ...] = ()
     sides: tuple[str, ...] = ("without the method", "with it")
     profiles: tuple[str, ...] = PROFILES
@@ -156,6 +174,12 @@ class PaperSpec:
     tables: tuple[Table, ...]
     figures: tuple[Figure, ...]
     claims: tuple[Claim, ...]
+    data_in: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+
+    def in_profile(self, profile: str) -> PaperSpec:
+        """Return the same claims, tables and figures on the data that this profile has in the place of the ones named."""
+        taken = self.data_in.get(profile, {})
+        return _with_data(self, taken) if taken else self
 
     def required(self, profile: str) -> list[tuple[str, str]]:
         """Return the (ablation, data) pairs that this profile's claims and tables need, claims' first."""
@@ -214,6 +238,17 @@ def load_paper(key: str, folder: Path = PAPERS) -> PaperSpec:
 T = TypeVar("T")
 
 
+def _with_data(node: T, taken: Mapping[str, str]) -> T:
+    """A copy of frozen dataclasses and tuples in which every field `data` is replaced as `taken` says."""
+    if isinstance(node, tuple):
+        return tuple(_with_data(item, taken) for item in node)  # type: ignore[return-value]
+    if not dataclasses.is_dataclass(node):
+        return node
+    values = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
+    changed = {n: taken.get(v, v) if n == "data" else _with_data(v, taken) for n, v in values.items()}
+    return dataclasses.replace(node, **changed)  # type: ignore[type-var]
+
+
 def _build(kind: type[T], body: Any, where: str) -> T:
     """Turn plain YAML into a frozen dataclass, type by type."""
     if not isinstance(body, Mapping):
@@ -260,6 +295,9 @@ PAIRS = {"comparison": 2, "identity": 2, "value": 1}
 
 
 def _check(spec: PaperSpec) -> None:
+    for profile in spec.data_in:
+        if profile not in PROFILES:
+            raise ClaimError(f"{spec.key}: data_in: unknown profile '{profile}'{nearest(profile, PROFILES)}")
     ids = [item.id for group in (spec.claims, spec.tables, spec.figures) for item in group]
     double = sorted({name for name in ids if ids.count(name) > 1})
     if double:
@@ -280,6 +318,8 @@ def _check_claim(spec: PaperSpec, claim: Claim) -> None:
     wanted = 1 if claim.against is not None else None if claim.pattern == "each" else PAIRS.get(claim.kind)
     if claim.against is not None and claim.kind not in ("comparison", "identity"):
         raise ClaimError(f"{claim.id}: a claim of kind '{claim.kind}' is not held against a number")
+    if claim.relative and (claim.against is not None or claim.kind in ("value", "identity")):
+        raise ClaimError(f"{claim.id}: only differences between runs are relative, which this {claim.kind} has none of")
     if wanted is not None and len(claim.operands) != wanted:
         plural = "s" if wanted > 1 else ""
         raise ClaimError(f"{claim.id}: this {claim.kind} has {wanted} operand{plural}, got {len(claim.operands)}")

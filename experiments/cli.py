@@ -10,12 +10,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from experiments.upcycle.cli import app as upcycling
+
 app = typer.Typer(
     help="Reproduce five papers' ablations, with verdicts, and see where each number came from.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(upcycling)
 console = Console(emoji=False)
 
 Paper = Annotated[str, typer.Argument(help="Paper number 1 to 5, its key, or 'all'.")]
@@ -49,7 +52,7 @@ def plan(
     from experiments.summary import print_plan
 
     selection = _selection(profile, seeds, seed, only, data, trainer, table)
-    for spec in _specs(paper):
+    for spec in _specs(paper, profile):
         found = graph.plan(spec, selection, _places(profile).runs, rerun_stale)
         print_plan(console, found, jobs or default_jobs())
 
@@ -72,7 +75,7 @@ def reproduce(
 
     status = 0
     selection = _selection(profile, seeds, seed, only, data, trainer, table)
-    for spec in _specs(paper):
+    for spec in _specs(paper, profile):
         status |= Reproduction(spec, selection, _places(profile), console, jobs, rerun_stale).run()
     raise typer.Exit(status)
 
@@ -85,7 +88,7 @@ def report(profile: Profile = "small", seeds: Seeds = None, jobs: Jobs = None) -
     from experiments.summary import print_verdicts
 
     selection, refused = _selection(profile, seeds), []
-    for spec in _specs("all"):
+    for spec in _specs("all", profile):
         reproduction = Reproduction(spec, selection, _places(profile), console)
         try:
             print_verdicts(console, spec, reproduction.report(), reproduction.results)
@@ -133,7 +136,9 @@ def diff(
 
 @app.command()
 def data(
-    names: Annotated[list[str] | None, typer.Argument(help="Data sets; default all.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Data sets; by default those that the small profiles need.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only say what is there; fetch nothing.")] = False,
 ) -> None:
     """Fetch and check data sets, and say what each is: size, hash, licence, and where it came from."""
@@ -169,7 +174,7 @@ def sweep(paper: Paper, profile: Profile = "small", seeds: Seeds = None, jobs: J
     from experiments.errors import UserError
     from experiments.summary import from_shell
 
-    for spec in _specs(paper):
+    for spec in _specs(paper, profile):
         raise UserError(
             f"paper {spec.number} ({spec.key}) has no Optuna search space yet; "
             f"its grids run by `{from_shell('python')} -m sweeps.grid {spec.key} NAME`, see sweeps/spaces/{spec.key}/"
@@ -197,14 +202,14 @@ def _mendable() -> tuple[type[Exception], ...]:
     return UserError, DataUnavailable, UnknownData
 
 
-def _specs(paper: str) -> list:
+def _specs(paper: str, profile: str) -> list:
     from experiments.claims import KNOWN_PAPERS, available_papers, load_paper
     from experiments.errors import UserError
     from experiments.schema import nearest
 
     available = available_papers()
     if paper == "all":
-        return [load_paper(key) for _, key in sorted(available.items())]
+        return [load_paper(key).in_profile(profile) for _, key in sorted(available.items())]
     if paper.isdigit() and int(paper) in KNOWN_PAPERS:
         paper = KNOWN_PAPERS[int(paper)]
     if paper not in KNOWN_PAPERS.values():
@@ -212,7 +217,7 @@ def _specs(paper: str) -> list:
     if paper not in available.values():
         ready = ", ".join(f"{number} ({key})" for number, key in sorted(available.items()))
         raise UserError(f"paper '{paper}' is not part of the suite yet; what there is: {ready}")
-    return [load_paper(paper)]
+    return [load_paper(paper).in_profile(profile)]
 
 
 def _selection(profile, seeds, seed=None, only=None, data=None, trainer="cpu", table=None):

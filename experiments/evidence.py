@@ -128,7 +128,7 @@ def _against(estimate: Estimate, margin: float) -> bool:
 
 
 def _paired(claim: Claim, runs: Runs, a: Operand, b: Operand, alpha: float) -> tuple[Estimate, float]:
-    x, y = runs.values(a), runs.values(b)
+    x, y = (_scaled(claim, runs.values(operand)) for operand in (a, b))
     metric = runs.spec.metric(a.metric)
     if not claim.design.paired:
         return stats.welch(*((y, x) if metric.direction == "lower" else (x, y)), claim.margin, alpha)
@@ -138,6 +138,19 @@ def _paired(claim: Claim, runs: Runs, a: Operand, b: Operand, alpha: float) -> t
     estimate = stats.t_estimate(gaps, alpha)
     p = stats.TESTS[claim.design.test](gaps, claim.margin) if len(gaps) > 1 else 1.0
     return estimate, p
+
+
+def _scaled(claim: Claim, values: np.ndarray) -> np.ndarray:
+    """The values as they are compared; of a relative claim the logarithm, whose differences are shares."""
+    if not claim.relative:
+        return values
+    if (values <= 0).any():
+        raise NotAssessable("a relative difference needs values above 0")
+    return 100 * np.log(values)
+
+
+def _unit(claim: Claim, runs: Runs, operand: Operand) -> str:
+    return "%" if claim.relative else runs.spec.metric(operand.metric).unit
 
 
 def _interval(estimate: Estimate, unit: str, alpha: float = 0.05) -> str:
@@ -152,7 +165,7 @@ def _comparison(claim: Claim, runs: Runs) -> Evidence:
         return _against_number(claim, claim.against, runs)
     a, b = claim.operands
     estimate, p = _paired(claim, runs, a, b, claim.design.alpha)
-    unit = runs.spec.metric(a.metric).unit
+    unit = _unit(claim, runs, a)
     name = runs.chosen(a) if a.best_of else a.ablation
     finding = f"{name} against {runs.chosen(b)}: {_interval(estimate, unit)}"
     if a.best_of:
@@ -168,7 +181,7 @@ def _ordering(claim: Claim, runs: Runs) -> Evidence:
     a, _, p = max(pairs, key=lambda pair: (pair[2], -pair[1].mean))
     estimate, _ = _paired(claim, runs, a, last, claim.design.alpha)
     losers = [x.label for x, e, _ in pairs if _against(e, claim.margin)]
-    unit = runs.spec.metric(a.metric).unit
+    unit = _unit(claim, runs, a)
     finding = f"the weakest of {len(winners)} is {a.label} against {last.label}: {_interval(estimate, unit)}"
     if losers:
         finding += f"; not better: {', '.join(losers)}"
@@ -193,7 +206,7 @@ def _each(claim: Claim, runs: Runs) -> Evidence:
     results = [(pair, *_paired(claim, runs, *pair, alpha)) for pair in claim.pairs]
     weakest, _, p = max(results, key=lambda r: (r[2], -r[1].mean))
     estimate, _ = _paired(claim, runs, *weakest, claim.design.alpha)
-    unit = runs.spec.metric(weakest[0].metric).unit
+    unit = _unit(claim, runs, weakest[0])
     finding = f"{_tally(claim, results)}; the weakest is {_name(weakest, runs)}: {_interval(estimate, unit)}"
     return Evidence(estimate, p, any(_against(e, claim.margin) for _, e, _ in results), True, finding)
 
@@ -203,7 +216,7 @@ def _any(claim: Claim, runs: Runs) -> Evidence:
     alpha = claim.design.alpha / len(claim.pairs)
     results = [(pair, *_paired(claim, runs, *pair, alpha)) for pair in claim.pairs]
     best, estimate, p = min(results, key=lambda r: (r[2], -r[1].mean))
-    unit = runs.spec.metric(best[0].metric).unit
+    unit = _unit(claim, runs, best[0])
     finding = f"{_tally(claim, results)}; the clearest is {_name(best, runs)}: {_interval(estimate, unit, alpha)}"
     contrary = all(_against(_paired(claim, runs, *pair, claim.design.alpha)[0], claim.margin) for pair in claim.pairs)
     return Evidence(estimate, min(1.0, p * len(results)), contrary, True, finding)
@@ -247,12 +260,12 @@ def _mixed(claim: Claim, runs: Runs) -> Evidence:
 
 def _trend(claim: Claim, runs: Runs) -> Evidence:
     """Each seed's slope along the operands, in the metric's better direction."""
-    series = np.array([runs.values(o) for o in claim.operands]).T
+    series = np.array([_scaled(claim, runs.values(o)) for o in claim.operands]).T
     metric = runs.spec.metric(claim.operands[0].metric)
     slopes = stats.slopes(series if metric.direction == "higher" else -series, range(len(claim.operands)))
     estimate = stats.t_estimate(slopes, claim.design.alpha)
     p = stats.TESTS[claim.design.test](slopes, claim.margin) if len(slopes) > 1 else 1.0
-    finding = f"slope per step: {_interval(estimate, metric.unit)}"
+    finding = f"slope per step: {_interval(estimate, _unit(claim, runs, claim.operands[0]))}"
     return Evidence(estimate, p, _against(estimate, claim.margin), True, finding)
 
 

@@ -20,6 +20,10 @@ from experiments.store import CellBusy, cell_lock, write_json
 SINGLE_THREADED = dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"
 )
+KEEP_MEMORY = {
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
+}  # fewer page faults per step
 EXIT_BUSY = 75  # the cell is being run by another command
 PRELOAD = [
     "experiments.run",
@@ -27,6 +31,7 @@ PRELOAD = [
     "experiments.tracking_logger",
     "lit_modules.tropical_cnn",
     "lit_modules.min_max_plus",
+    "lit_modules.moe_upcycling",
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.system_metrics.system_metrics_monitor",
     "experiments.warm",
@@ -78,7 +83,7 @@ class LocalPool:
     _running: dict[str, tuple[Job, BaseProcess]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        os.environ.update(SINGLE_THREADED)
+        os.environ.update(SINGLE_THREADED | KEEP_MEMORY)  # glibc reads the latter when the server starts
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
 

@@ -23,6 +23,7 @@ from experiments.figure_style import (
     side_style,
 )
 from experiments.figures_convergence import curves, gains, rate
+from experiments.figures_experts import advantage, load, survival
 from experiments.records import Record
 from experiments.stats import t_estimate
 from experiments.verdict import EstimateRow, Verdict
@@ -58,10 +59,13 @@ def draw(
         "gains": gains,
         "curves": curves,
         "rate": rate,
+        "advantage": advantage,
+        "survival": survival,
+        "load": load,
     }
     estimates = {(row.ablation, row.data, row.metric): row for row in rows}
     with plt.rc_context({**STYLE, "svg.fonttype": "path" if text_as_paths else "none"}):
-        extra = records if figure.kind in ("difference", "gains") else verdicts
+        extra = records if figure.kind in ("difference", "gains", "advantage", "load") else verdicts
         canvas = kinds[figure.kind](spec, figure, estimates, extra)
         if canvas is None:
             return None
@@ -79,23 +83,31 @@ def _rounded(svg: str) -> str:
 
 
 def _forest(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Canvas | None:
-    """Each net's accuracy with its interval, the baseline's as a band."""
-    rows = [r for name in figure.rows if (r := estimates.get((name, figure.data, "test/acc")))]
+    """Each net's test score with its interval, the baseline's as a band."""
+    rows = [r for name in figure.rows if (r := estimates.get((name, figure.data, figure.metric)))]
     if not rows:
         return None
     canvas, axes = plt.subplots(figsize=(3.5, 0.8 + 0.24 * len(rows)))
-    base = estimates.get((figure.baseline or "", figure.data, "test/acc"))
+    base = estimates.get((figure.baseline or "", figure.data, figure.metric))
     if base is not None and base.ci_low is not None and base.ci_high is not None:
         axes.axvspan(base.ci_low, base.ci_high, color="#0072B2", alpha=0.15, linewidth=0)
+    accuracy = figure.metric == "test/acc"
     for at, (row, half) in enumerate(zip(rows, half_widths(rows), strict=True)):
         axes.errorbar(row.mean, at, xerr=half, **side_style(figure, row.ablation))
         axes.annotate(
-            f"{row.mean:.2f}", (row.mean, at), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=6.5
+            f"{row.mean:{'.2f' if accuracy else '.4f'}}",
+            (row.mean, at),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            fontsize=6.5,
         )
     axes.set_yticks(range(len(rows)), [row.ablation for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.75)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("test accuracy (%), mean and 95% interval")
+    metric = spec.metric(figure.metric)
+    label = "test accuracy (%)" if accuracy else f"{metric.label} ({metric.unit})"
+    axes.set_xlabel(f"{label}, mean and 95% interval")
     axes.set_title(figure.title)
     legend_of_sides(canvas, figure)
     return canvas

@@ -69,7 +69,8 @@ class Selection:
 
 
 def keys_for(spec: PaperSpec, selection: Selection) -> list[CellKey]:
-    """Return the cells that this selection of a paper needs, seed by seed so that partial results are paired.
+    """Return the cells that this selection of a paper needs, seed by seed so that partial results are paired; the cells
+    whose trained weights others start from come before those.
 
     Raises:
         ConfigError: an ablation or table that does not exist, nearest name included.
@@ -81,7 +82,7 @@ def keys_for(spec: PaperSpec, selection: Selection) -> list[CellKey]:
             if name not in known:
                 raise ConfigError(f"unknown ablation '{name}'{nearest(name, known)}")
         needed = [pair for pair in pairs if pair[0] in selection.only]
-        default = selection.data or ("mnist",)
+        default = selection.data or (_first_data(spec),)
         extra = [(a, d) for a in selection.only if a not in {p[0] for p in needed} for d in default]
         pairs = needed + extra
     if selection.data:
@@ -91,7 +92,26 @@ def keys_for(spec: PaperSpec, selection: Selection) -> list[CellKey]:
     if not pairs:
         raise ConfigError(f"nothing to run: no ablation of {spec.key} matches this selection")
     seeds = selection.seed or tuple(range(selection.seeds or _profile_seeds(spec, pairs[0], selection.profile)))
+    pairs = _with_parents(spec, pairs, selection.profile)
     return [CellKey(spec.key, a, d, seed, selection.profile) for seed in seeds for a, d in pairs]
+
+
+def _first_data(spec: PaperSpec) -> str:
+    """The data set of the paper's first claim, taken for an ablation that no claim or table names."""
+    return spec.claims[0].operands[0].data
+
+
+def _with_parents(spec: PaperSpec, pairs: list[tuple[str, str]], profile: str) -> list[tuple[str, str]]:
+    """The same pairs with those that they descend from in front, generation by generation."""
+    generations = [pairs]
+    while above := [pair for pair in (_parent_of(spec, p, profile) for p in generations[0]) if pair]:
+        generations.insert(0, above)
+    return list(dict.fromkeys(pair for generation in generations for pair in generation))
+
+
+def _parent_of(spec: PaperSpec, pair: tuple[str, str], profile: str) -> tuple[str, str] | None:
+    parent = resolve(CellKey(spec.key, *pair, 0, profile)).config["parent"]
+    return (parent["ablation"], pair[1]) if parent else None
 
 
 def _pairs_of_tables(spec: PaperSpec, names: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -219,6 +239,8 @@ def _dry_build(config: dict[str, Any]) -> Any:
         _build(optim["optimizer"], "optim.optimizer", lambda node: instantiate(node, _partial_=True)(parameters))
     schedule = optim["schedule"] and _build(optim["schedule"], "optim.schedule", instantiate)
     _build(config["datamodule"], "datamodule", instantiate)
+    if config["parent"]:
+        _build(config["parent"]["inherit"], "parent.inherit", instantiate)
     parts = {"net": net, "optimizer": instantiate(optim["optimizer"], _partial_=True), "schedule": schedule}
     _build(config["module"], "module", lambda node: instantiate(node, **parts, steps_per_epoch=1))
     return net

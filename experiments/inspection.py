@@ -52,7 +52,7 @@ def explain_claim(console: Console, claim_id: str, places: Places, profile: str,
     from experiments.schema import nearest
     from experiments.verdict import judge
 
-    specs = [load_paper(key) for key in available_papers().values()]
+    specs = [load_paper(key).in_profile(profile) for key in available_papers().values()]
     claims = {claim.id: (spec, claim) for spec in specs for claim in spec.claims}
     if claim_id not in claims:
         raise UserError(f"there is no claim '{claim_id}'{nearest(claim_id, claims)}")
@@ -285,7 +285,7 @@ def _everything(record: Record) -> dict[str, Any]:
 
 
 def show_data(console: Console, names: list[str] | None, check: bool) -> bool:
-    """Fetch (unless `check`) and list the data sets. True if all of them are there."""
+    """Fetch (unless `check`) and list the data sets, by default those of the small profiles. True if all are there."""
     from datamodules import sources
     from datamodules.catalogue import card_of
 
@@ -293,7 +293,7 @@ def show_data(console: Console, names: list[str] | None, check: bool) -> bool:
     for column in ("data", "samples", "kind", "from", "licence", "sha256"):
         table.add_column(column, overflow="fold")
     complete = True
-    for name in names or list(sources.DATASETS):
+    for name in names or [*sources.DATASETS, "python_stdlib"]:
         try:
             card = card_of(name, fetch=not check)
         except sources.DataUnavailable as error:

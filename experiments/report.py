@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import re
 from collections import defaultdict
@@ -63,7 +65,7 @@ def write_html(papers: Sequence[Paper], path: Path) -> None:
         view = _view(*paper)
         doors[paper[0].key] = view.pop("doors")
         sections[paper[0].number, paper[0].key] = section.render(paper=view).strip()
-    blob = json.dumps(doors, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    blob = _packed(doors)
     ordered = [Markup(text) for _, text in sorted(sections.items())]
     page = environment.get_template("report.html.j2").render(sections=ordered, doors=Markup(blob))
     write_atomically(path, page)
@@ -74,8 +76,7 @@ def _kept(path: Path) -> tuple[dict[tuple[int, str], str], dict[str, Any]]:
     if not path.is_file():
         return {}, {}
     page = path.read_text()
-    blob = re.search(r'<script type="application/json" id="doors">(.*?)</script>', page, re.S)
-    doors = json.loads(blob.group(1)) if blob else {}
+    doors = doors_of(page)
     found = re.findall(r'(<section id="(\w+)" data-number="(\d+)">.*?</section>)', page, re.S)
     return {(int(number), key): text for text, key, number in found if key in doors}, doors
 
@@ -101,6 +102,18 @@ def _verdict_file(
         "data": data_cards(records),
         "claims": [verdict.to_dict() for verdict in verdicts],
     }
+
+
+def _packed(doors: dict[str, Any]) -> str:
+    """JSON, compressed and as text: a tenth of the size, and browsers unpack it."""
+    raw = json.dumps(doors, ensure_ascii=False, separators=(",", ":")).encode()
+    return base64.b64encode(gzip.compress(raw, mtime=0)).decode()
+
+
+def doors_of(page: str) -> dict[str, Any]:
+    """Return what stands behind the numbers of a page of ours, by paper; nothing where there is none."""
+    blob = re.search(r'<script type="text/plain" id="doors">(.*?)</script>', page, re.S)
+    return json.loads(gzip.decompress(base64.b64decode(blob.group(1)))) if blob else {}
 
 
 def _distinct(records: Sequence[Record], name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.markup import escape
 from experiments.cell import resolve
 from experiments.claims import PaperSpec
 from experiments.errors import UserError
-from experiments.executors import Job, LocalPool, default_jobs
+from experiments.executors import Finished, Job, LocalPool, default_jobs
 from experiments.graph import Node, Plan, Selection, keys_for, plan
 from experiments.records import CellKey, Record
 from experiments.store import Index, read_json, write_json
@@ -60,6 +60,7 @@ class Reproduction:
         """
         from experiments.summary import print_plan
 
+        self._fetch_texts()
         found = plan(self.spec, self.selection, self.places.runs, self.rerun_stale)
         jobs = self.jobs or default_jobs()
         if not found.to_run and not found.of("stale") and self._report_is_current(found):
@@ -176,6 +177,7 @@ class Reproduction:
         self._fetch_data(found)
         parents = self._parents(found)
         nodes = {node.cell.signature: node for node in found.to_run}
+        heirs = _heirs(nodes)
         pool = LocalPool(jobs)
         watch = Watch(self.console, nodes, self.places.runs, jobs)
         failed: list[Node] = []
@@ -184,18 +186,31 @@ class Reproduction:
             tracked = node.cell.config["tracking"]["enabled"]
             pool.submit(Job(node.cell, self.places.runs, tracked, parents[_group(node.cell.key)]))
 
+        def over(finished: Finished) -> None:
+            watch.finish(finished)
+            if finished.outcome == "failed":
+                failed.append(nodes[finished.handle])
+            for heir in heirs.pop(finished.handle, []):
+                if finished.outcome == "done":
+                    start(heir)
+                else:
+                    self._disinherit(heir)
+                    over(Finished(heir.cell.signature, "failed"))
+
         try:
             with watch:
+                waiting = {heir.cell.signature for group in heirs.values() for heir in group}
                 for node in nodes.values():
-                    start(node)
+                    if node.cell.signature not in waiting:
+                        start(node)
                 while nodes.keys() - watch.over:
                     for finished in pool.poll(timeout_s=0.5):
                         if finished.outcome == "busy":
                             watch.elsewhere.add(finished.handle)
-                            continue
-                        watch.finish(finished)
-                        if finished.outcome == "failed":
-                            failed.append(nodes[finished.handle])
+                        else:
+                            over(finished)
+                    for handle in watch.elsewhere_done():
+                        over(Finished(handle, "done"))
                     for handle in watch.released():
                         start(nodes[handle])
                     watch.refresh()
@@ -208,6 +223,16 @@ class Reproduction:
             self._end_parents(parents, {_group(node.cell.key) for node in failed}, nodes.keys() - watch.over)
         return failed
 
+    def _disinherit(self, heir: Node) -> None:
+        """Keep why a cell was never started: the one whose weights it was to start from failed."""
+        from experiments.run import write_failure
+
+        cell = heir.cell
+        assert cell.parent is not None
+        folder = self.places.runs / cell.signature
+        folder.mkdir(parents=True, exist_ok=True)
+        write_failure(folder, cell, "", f"its parent failed: {cell.parent.key}")
+
     def _end_parents(self, parents: dict[tuple[str, ...], tuple[str, str]], failed: set, unfinished: set[str]) -> None:
         """End the parent runs of what this command ran, so that none is left running in the tracker."""
         from experiments import tracking
@@ -216,6 +241,14 @@ class Reproduction:
         for group, (_, parent) in parents.items():
             status = "FAILED" if group in failed else "KILLED" if unfinished else "FINISHED"
             tracking.summarise_parent(store, parent, {}, status)
+
+    def _fetch_texts(self) -> None:
+        """Have every text on disk: what is computed from it is named by its content, which nobody knows beforehand."""
+        from datamodules.text import is_corpus, text_card
+
+        for name in dict.fromkeys(key.data for key in keys_for(self.spec, self.selection)):
+            if is_corpus(name):
+                text_card(name)
 
     def _fetch_data(self, found: Plan) -> None:
         """Have every data set on disk, checked, before processes fan out."""
@@ -289,6 +322,15 @@ def describe(spec: PaperSpec) -> str:
         "Its children are the seeds. Group by the `ablation` or `data` column to compare; `test/acc` is the test "
         "accuracy of the weights chosen on validation.\n"
     )
+
+
+def _heirs(nodes: Mapping[str, Node]) -> dict[str, list[Node]]:
+    """For each cell that is yet to run, those that wait for its weights."""
+    found: dict[str, list[Node]] = defaultdict(list)
+    for node in nodes.values():
+        if node.cell.parent is not None and node.cell.parent.signature in nodes:
+            found[node.cell.parent.signature].append(node)
+    return dict(found)
 
 
 def _group(key: CellKey) -> tuple[str, ...]:

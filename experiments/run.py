@@ -50,6 +50,8 @@ def run_cell(
     with cell_lock(folder):
         if (folder / "done.json").exists():
             return read_run(folder)
+        if cell.parent is not None:  # where it is done already, and a `reproduce` sees to that, this only looks
+            run_cell(cell.parent, runs)
         (folder / "failed.json").unlink(missing_ok=True)
         try:
             _execute(cell, folder, store, parent)
@@ -77,7 +79,7 @@ def weights_sha256(state_dict: dict[str, torch.Tensor]) -> str:
     for name in sorted(state_dict):
         tensor = state_dict[name].detach().cpu().contiguous()
         whole.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
-        whole.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return whole.hexdigest()
 
 
@@ -86,6 +88,28 @@ def build_net(config: dict[str, Any], seed: int | None = None) -> torch.nn.Modul
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("init", config["seed"] if seed is None else seed))
         return instantiate(config["net"])
+
+
+def inherit(net: torch.nn.Module, cell: Cell, runs: Path) -> dict[str, torch.Tensor] | None:
+    """Give a net the trained weights of its cell's parent, every draw from a generator of its own.
+
+    Returns:
+        the parent's weights, or None where there is no parent.
+    Raises:
+        FileNotFoundError: the parent has not been trained.
+    """
+    if cell.parent is None:
+        return None
+    weights = runs / cell.parent.signature / "best.ckpt"
+    if not weights.exists():
+        raise FileNotFoundError(
+            f"{cell.parent.key} has no trained weights at {weights}: run `{cell.parent.command}` first"
+        )
+    state = torch.load(weights, map_location="cpu", weights_only=False)["state_dict"]
+    state = {name.removeprefix("net."): tensor for name, tensor in state.items() if name.startswith("net.")}
+    generator = torch.Generator().manual_seed(derive_seed("inherit", cell.config["seed"]))
+    instantiate(cell.config["parent"]["inherit"])(net, state, generator)
+    return state
 
 
 def _identity(cell: Cell) -> dict[str, Any]:
@@ -98,7 +122,9 @@ def _execute(cell: Cell, folder: Path, store: tracking.Store | None, parent: tup
     config = cell.config
     data: PaperData = instantiate(config["datamodule"])
     data.setup("fit")
-    made = {"data_cards": [data.card.to_dict()], "trainer": config["trainer"]}
+    made: dict[str, Any] = {"data_cards": [data.card.to_dict()], "trainer": config["trainer"]}
+    if cell.parent is not None:
+        made["parent"] = {"ablation": cell.parent.key.ablation, "signature": cell.parent.signature}
     manifest = provenance.manifest() | _identity(cell) | made
     earlier = read_json(folder / "manifest.json")
     experiment_id, parent_id = parent or ("", "")
@@ -126,6 +152,7 @@ def _execute(cell: Cell, folder: Path, store: tracking.Store | None, parent: tup
 def _fit_and_test(cell: Cell, folder: Path, data: PaperData, logger: Any, started: float) -> None:
     config = cell.config
     net = build_net(config)
+    inherited = inherit(net, cell, folder.parent)
     cost = _cost(net, data)
     steps = len(data.train_dataloader())
     module: LightningModule = instantiate(
@@ -135,6 +162,8 @@ def _fit_and_test(cell: Cell, folder: Path, data: PaperData, logger: Any, starte
         schedule=instantiate(config["optim"]["schedule"]) if config["optim"]["schedule"] else None,
         steps_per_epoch=steps,
     )
+    if inherited is not None and (take := getattr(module, "on_inherit", None)) is not None:
+        take(inherited)
     history, (best, latest) = History(started), _checkpoints(folder, config["selection"])
     callbacks = [EpochRandomness(config["seed"]), history, Progress(folder / "progress.json"), best, latest]
     trainer = _trainer(config, folder, callbacks, logger)

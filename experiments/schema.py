@@ -43,26 +43,35 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Data(Strict):
-    """A set of images to classify (`channels`, `image_size`, `classes`), or a function to approximate (`dims`)."""
+    """Images to classify (`channels`, `image_size`, `classes`), a function to approximate (`dims`), or text to predict
+    (`context` tokens at once out of `vocab`).
+    """
 
     name: str
     channels: Positive | None = None
     image_size: Positive | None = None
     classes: Annotated[int, Field(ge=2)] | None = None
     dims: Positive | None = None
+    context: Positive | None = None
+    vocab: Annotated[int, Field(ge=2)] | None = None
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> Data:
-        image = [self.channels, self.image_size, self.classes]
-        if (self.dims is None and None in image) or (self.dims is not None and image != [None] * 3):
-            raise ValueError("images need channels, image_size and classes; a function needs dims alone")
+    def _one_of_three(self) -> Data:
+        kinds = {"image": ("channels", "image_size", "classes"), "function": ("dims",), "text": ("context", "vocab")}
+        given = {name for names in kinds.values() for name in names if getattr(self, name) is not None}
+        if given not in [set(names) for names in kinds.values()]:
+            raise ValueError(
+                "images need channels, image_size and classes; a function needs dims alone; text needs context and vocab"
+            )
         return self
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one sample: (C, H, W) or (dims,)."""
+        """Shape of one sample: (C, H, W), (dims,) or (context,)."""
         if self.dims is not None:
             return (self.dims,)
+        if self.context is not None:
+            return (self.context,)
         assert self.channels is not None
         assert self.image_size is not None
         return (self.channels, self.image_size, self.image_size)
@@ -91,6 +100,13 @@ class Selection(Strict):
 
     monitor: Annotated[str, Field(pattern=r"^val/")]
     mode: Literal["max", "min"]
+
+
+class Parent(Strict):
+    """The ablation whose trained weights a net starts from (same data, seed and profile), and what carries them over."""
+
+    ablation: str
+    inherit: Target
 
 
 class Trainer(Strict):
@@ -134,6 +150,7 @@ class CellConfig(Strict):
     optim: Optim
     budget: Budget
     selection: Selection
+    parent: Parent | None
     profile: Profile = EXECUTION_ONLY
     trainer: Trainer = EXECUTION_ONLY
     tracking: Tracking = EXECUTION_ONLY
@@ -198,7 +215,8 @@ def _fields_at(path: list[Any]) -> list[str]:
         field = getattr(model, "model_fields", {}).get(part)
         if field is None:
             return []
-        model = field.annotation
+        options = (field.annotation, *get_args(field.annotation))  # what may be null is an option among two
+        model = next((option for option in options if hasattr(option, "model_fields")), None)
     return [f.alias or name for name, f in getattr(model, "model_fields", {}).items()]
 
 

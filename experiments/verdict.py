@@ -86,6 +86,8 @@ def judge(spec: PaperSpec, records: Sequence[Record], profile: str) -> list[Verd
 
 def _look(spec: PaperSpec, claim: Claim, runs: Runs, profile: str) -> Evidence | tuple[str, str]:
     """The evidence on a claim, or (verdict, reason) where there is none to weigh."""
+    if claim.beyond:
+        return "not assessable", claim.beyond
     if not runs.complete(claim):
         return "not run", "some of its cells have not been run"
     states: dict[str, list[Record]] = defaultdict(list)
@@ -113,7 +115,7 @@ def _decide(
         "text": claim.text,
         "kind": claim.kind,
         "metric": metric.name,
-        "unit": metric.unit,
+        "unit": "%" if claim.relative else metric.unit,
         "source": claim.source,
         "scale": claim.scale,
         "margin": claim.margin,

@@ -54,15 +54,15 @@ class Watch:
             count = f"[{len(self.over)}/{len(self.nodes)}]"
             self._progress.console.print(f"{count} {finished.outcome} {node.cell.key}, ETA {left}", soft_wrap=True)
 
+    def elsewhere_done(self) -> list[str]:
+        """Return cells that another command was running and has finished."""
+        return [handle for handle in self.elsewhere if (self.runs / handle / "done.json").exists()]
+
     def released(self) -> list[str]:
-        """Return cells that another command was running and has let go of, finished or not; the finished are counted."""
-        free = []
-        for handle in list(self.elsewhere):
-            if (self.runs / handle / "done.json").exists():
-                self.finish(Finished(handle, "done"))
-            elif not is_held(self.runs / handle):
-                self.elsewhere.discard(handle)
-                free.append(handle)
+        """Return cells that another command was running and has let go of unfinished."""
+        free = [handle for handle in self.elsewhere if not is_held(self.runs / handle)]
+        free = [handle for handle in free if not (self.runs / handle / "done.json").exists()]
+        self.elsewhere -= set(free)
         return free
 
     def refresh(self) -> None:

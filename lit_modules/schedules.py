@@ -41,21 +41,34 @@ def exponential_decay(gamma: float) -> Schedule:
     return lambda epoch: gamma ** math.floor(epoch)
 
 
-def cosine(epochs: float, floor: float = 0.0, warmup: float = 0.0) -> Schedule:
-    """Return a linear warm-up from 0 to 1 over `warmup` epochs, then a half cosine from 1 to `floor` at `epochs`.
+def cosine(epochs: float, floor: float = 0.0, warmup: float = 0.0, start: float = 0.0) -> Schedule:
+    """Return a linear warm-up from `start` to 1 over `warmup` epochs, then a half cosine from 1 to `floor` at `epochs`.
 
     Raises:
-        ValueError: epochs not above warmup, or floor out of [0, 1].
+        ValueError: epochs not above warmup, or floor or start out of [0, 1].
     """
     if epochs <= warmup or warmup < 0:
         raise ValueError(f"epochs ({epochs}) must be above warmup ({warmup}), and warmup at least 0")
     if not 0 <= floor <= 1:
         raise ValueError(f"floor must lie in [0, 1], got {floor}")
+    if not 0 <= start <= 1:
+        raise ValueError(f"start must lie in [0, 1], got {start}")
 
     def factor(epoch: float) -> float:
         if epoch < warmup:
-            return epoch / warmup
+            return start + (1 - start) * epoch / warmup
         progress = min(1.0, (epoch - warmup) / (epochs - warmup))
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return factor
+
+
+def token_cosine(epochs: float, floor: float = 0.0, warmup: float = 0.0, start: float = 0.0) -> Schedule:
+    """Return the same law with the warm-up as a share of the whole: 0.05 of the tokens, say, whatever their number.
+
+    Raises:
+        ValueError: warmup out of [0, 1), or what `cosine` refuses.
+    """
+    if not 0 <= warmup < 1:
+        raise ValueError(f"warmup is a share of the training in [0, 1), got {warmup}")
+    return cosine(epochs, floor, warmup * epochs, start)

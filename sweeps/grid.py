@@ -12,7 +12,7 @@ import io
 import itertools
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
@@ -165,27 +165,37 @@ def run_grid(
     }  # all of them resolved before anything runs
     card_of(grid.data)
     trials: dict[tuple[str, Combination, int], Trial] = {}
+    parents = {cell.parent.signature: cell.parent for cell in cells.values() if cell.parent}
+    wanted = {cell.signature: cell for cell in cells.values()}
     pool = LocalPool(jobs or default_jobs())
-    waiting = {cell.signature: cell for cell in cells.values()}
     try:
         with Progress(console=console) as progress:
-            bar = progress.add_task("trials", total=len(waiting))
-            for cell in waiting.values():
-                pool.submit(Job(cell, runs, tracked=False))
-            while waiting:
-                for finished in pool.poll(timeout_s=1):
-                    del waiting[finished.handle]
-                    progress.advance(bar)
-                    if finished.outcome == "busy":
-                        raise UserError("another command is running some of these trials; try again after it")
-                    for trial in [t for t, cell in cells.items() if cell.signature == finished.handle]:
-                        trials[trial] = outcome = Trial(*trial, _score(grid, runs / finished.handle))
-                        progress.console.print(escape(_line(grid, outcome)), soft_wrap=True, highlight=False)
+            bar = progress.add_task("trials", total=len(wanted))
+            for _ in _finished(pool, parents, runs):  # once each, before those that start from their weights
+                pass
+            for handle in _finished(pool, wanted, runs):
+                progress.advance(bar)
+                for trial in [t for t, cell in cells.items() if cell.signature == handle]:
+                    trials[trial] = outcome = Trial(*trial, _score(grid, runs / handle))
+                    progress.console.print(escape(_line(grid, outcome)), soft_wrap=True, highlight=False)
     finally:
         pool.close()
     done = [trials[trial] for trial in cells]
     write_atomically(table_file, table(grid, done))
     return choose(grid, done)
+
+
+def _finished(pool: LocalPool, cells: Mapping[str, Cell], runs: Path) -> Iterator[str]:
+    """Run cells and yield the signature of each as it ends."""
+    for cell in cells.values():
+        pool.submit(Job(cell, runs, tracked=False))
+    left = len(cells)
+    while left:
+        for finished in pool.poll(timeout_s=1):
+            if finished.outcome == "busy":
+                raise UserError("another command is running some of these trials; try again after it")
+            left -= 1
+            yield finished.handle
 
 
 def _score(grid: Grid, folder: Path) -> float | None:

@@ -270,7 +270,7 @@ WIKI = [" = One = \n", "", " Text . \n", " = = Part = = \n", " More . \n", " = T
 
 
 def test_a_hub_data_set_is_loaded_once_and_its_missing_split_taken_by_hash(root: Path, hub: list[tuple]) -> None:
-    with pytest.raises(DataUnavailable, match=r"text_card\('tinystories'\)"):
+    with pytest.raises(DataUnavailable, match=r"fivefold data tinystories"):
         content_sha256("tinystories")
     documents = load_documents("tinystories")
     stories = [b"story %d" % i for i in range(200)]

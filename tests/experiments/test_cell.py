@@ -11,19 +11,24 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from experiments import sources_digest
 from experiments.cell import CONF, PROBES, _changes, _resolved, ablations, canonical, flatten, resolve
 from experiments.claims import PROFILES, available_papers, load_paper
 from experiments.records import CellKey
-from experiments.schema import ConfigError, check_targets, validate
+from experiments.schema import ConfigError, Data, check_targets, validate
 
 NET1 = CellKey("tropical_cnn", "net1", "mnist", 0, "small")
 EVERY = [(paper, ablation) for paper in available_papers().values() for ablation in ablations(paper)]
 
 
 def _data_of(paper: str, ablation: str) -> list[str]:
-    """The data sets that the small profile has budgets for in an ablation's family."""
+    """The data sets that the small profile has budgets for in an ablation's family. Paper 1's budgets are the same for every
+    corpus, which has a test of its own; one corpus is enough here.
+    """
+    if paper == "moe_upcycling":
+        return ["python_stdlib"]
     first = "waves_2d" if paper == "min_max_plus" and ablation.startswith(("fit", "sine", "cone", "wave8")) else "mnist"
     config = resolve(CellKey(paper, ablation, first, 0, "small")).config
     return list(config["profile"]["budgets"][config["family"]])
@@ -37,6 +42,61 @@ def test_every_ablation_composes_on_every_profile(paper: str, ablation: str) -> 
             assert cell.config["seed"] == cell.config["datamodule"]["seed"] == 1
             assert cell.config["budget"] == cell.config["profile"]["budgets"][cell.config["family"]][data]
             check_targets(cell.config, ablation)
+
+
+FAMILIES = {
+    "parent": "dense",
+    "short": "e8g1t1_10",
+    "short_half": "e8g1t1_10_batch_half",
+    "short_x8": "e8g1t1_10_batch_x8",
+    "long": "e8g1t1_50",
+    "step0": "step0_e8g1t1",
+}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_paper_1_trains_as_much_on_every_corpus_that_a_profile_knows(profile: str) -> None:
+    budgets = resolve(CellKey("moe_upcycling", "dense", "python_stdlib", 0, profile)).config["profile"]["budgets"]
+    assert set(budgets) == set(FAMILIES)
+    for family in FAMILIES:
+        by_corpus = budgets[family]
+        assert by_corpus.keys() == budgets["parent"].keys()
+        assert all(budget == by_corpus["python_stdlib"] for budget in by_corpus.values())
+    for corpus in budgets["parent"]:
+        cell = resolve(CellKey("moe_upcycling", FAMILIES["short"], corpus, 3, profile))
+        assert (cell.config["family"], cell.config["data"]["name"]) == ("short", corpus)
+        assert cell.config["net"]["vocab"] == cell.config["data"]["vocab"]
+        assert cell.config["datamodule"]["context"] == cell.config["data"]["context"]
+        assert cell.parent is not None
+        assert cell.parent.key == replace(cell.key, ablation="dense")
+        assert cell.parent.config["datamodule"]["stream"] != cell.config["datamodule"]["stream"]
+
+
+@pytest.mark.parametrize(
+    ("given", "shape"),
+    [
+        ({"channels": 1, "image_size": 28, "classes": 10}, (1, 28, 28)),
+        ({"dims": 3}, (3,)),
+        ({"context": 128, "vocab": 256}, (128,)),
+    ],
+)
+def test_data_are_images_or_a_function_or_text(given: dict, shape: tuple) -> None:
+    assert Data(name="x", **given).input_shape == shape
+    for name in given:
+        with pytest.raises(ValidationError):
+            Data(name="x", **{**given, name: 0})
+        if len(given) > 1:
+            with pytest.raises(ValidationError, match="text needs context and vocab"):
+                Data(name="x", **{key: value for key, value in given.items() if key != name})
+    for other in ({"dims": 2}, {"context": 8, "vocab": 9}, {"classes": 3}):
+        if not other.keys() & given.keys():
+            with pytest.raises(ValidationError, match="images need channels, image_size and classes"):
+                Data(name="x", **given, **other)
+
+
+def test_data_of_no_kind_are_refused() -> None:
+    with pytest.raises(ValidationError, match="a function needs dims alone"):
+        Data(name="x")
 
 
 @pytest.mark.parametrize("file", sorted((CONF / "ablation").glob("*/*.yaml")), ids=lambda f: f.stem)
@@ -144,6 +204,12 @@ def test_flatten_names_every_leaf() -> None:
         ({"sed": 3}, ["sed", "unknown key", "'seed'"]),
         ({"precision": "17"}, ["precision", "'17'"]),
         ({"seed": -1}, ["seed", "-1"]),
+        ({"parent": {"ablation": "net0"}}, ["parent.inherit", "missing"]),
+        (
+            {"parent": {"ablatoin": "net0", "inherit": {"_target_": "x.y"}}},
+            ["parent.ablatoin", "unknown key", "'ablation'"],
+        ),
+        ({"parent": {"ablation": "net0", "inherit": {"scale": 2}}}, ["parent.inherit._target_", "missing"]),
     ],
 )
 def test_a_wrong_value_names_its_key_and_the_way_out(change: dict, words: list[str]) -> None:

@@ -137,7 +137,7 @@ def test_the_page_is_one_file_in_which_every_number_opens_its_runs(made) -> None
     page.feed(text)
     assert page.outside == []
     assert len(page.ids) == len(set(page.ids))
-    doors = json.loads(re.search(r'id="doors">(.*?)</script>', text, re.S)[1])["toy"]
+    doors = report.doors_of(text)["toy"]
     shown = {tables.door(e) for e in estimates(spec, found) if e.metric in ("test/acc", "cost/params")}
     assert set(page.doors) == shown
     for name in page.doors:
@@ -213,4 +213,4 @@ def test_the_page_keeps_the_other_papers_it_has(made) -> None:
 
 
 def _doors(page: str) -> dict:
-    return json.loads(re.search(r'id="doors">(.*?)</script>', page, re.S).group(1))  # type: ignore[union-attr]
+    return report.doors_of(page)

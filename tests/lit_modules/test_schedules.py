@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from lit_modules.schedules import cosine, exponential_decay, step_decay
+from lit_modules.schedules import cosine, exponential_decay, step_decay, token_cosine
 
 
 def test_step_decay_is_the_published_script_stepping_at_the_start_of_each_epoch() -> None:
@@ -46,6 +46,33 @@ def test_cosine_warms_up_linearly_peaks_at_one_and_ends_at_the_floor() -> None:
     assert not math.isnan(law(2))
 
 
+def test_cosine_warms_up_from_where_it_is_told_to_start() -> None:
+    law = cosine(epochs=10, floor=0.1, warmup=2, start=0.4)
+    assert [law(e) for e in (0, 0.5, 1, 2)] == pytest.approx([0.4, 0.55, 0.7, 1.0])
+    plain = cosine(epochs=10, floor=0.1, warmup=2)
+    assert [law(e) for e in (2, 3.3, 9, 10)] == [plain(e) for e in (2, 3.3, 9, 10)]
+    assert cosine(epochs=10, start=0.4)(0) == 1  # without a warm-up there is nowhere to start from
+
+
+def test_a_law_of_tokens_is_the_same_whatever_the_number_of_epochs() -> None:
+    """A tenth of the training is the warm-up: of 2 epochs, of 10 and of half a one."""
+    laws = {epochs: token_cosine(epochs, floor=0.2, warmup=0.1, start=0.3) for epochs in (0.5, 2, 10)}
+    for share in (0, 0.03, 0.1, 0.25, 0.7, 1, 1.2):
+        expected = (
+            0.3 + 0.7 * share / 0.1 if share < 0.1 else 0.2 + 0.8 * (1 + math.cos(math.pi * (share - 0.1) / 0.9)) / 2
+        )
+        expected = expected if share <= 1 else 0.2
+        for epochs, law in laws.items():
+            assert law(share * epochs) == pytest.approx(expected), (share, epochs)
+    assert token_cosine(4, warmup=0)(0) == 1
+
+
+def test_a_warm_up_is_a_share_below_one() -> None:
+    for warmup in (-0.1, 1, 1.5):
+        with pytest.raises(ValueError, match=rf"share of the training in \[0, 1\), got {warmup}"):
+            token_cosine(10, warmup=warmup)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -55,6 +82,10 @@ def test_cosine_warms_up_linearly_peaks_at_one_and_ends_at_the_floor() -> None:
         lambda: exponential_decay(gamma=-1),
         lambda: cosine(epochs=1, warmup=1),
         lambda: cosine(epochs=2, floor=2),
+        lambda: cosine(epochs=2, start=-0.1),
+        lambda: cosine(epochs=2, start=1.1),
+        lambda: token_cosine(epochs=2, start=1.1),
+        lambda: token_cosine(epochs=0),
     ],
 )
 def test_impossible_arguments_are_refused(wrong) -> None:

@@ -171,8 +171,9 @@ def run_grid(
     try:
         with Progress(console=console) as progress:
             bar = progress.add_task("trials", total=len(wanted))
-            for _ in _finished(pool, parents, runs):  # once each, before those that start from their weights
-                pass
+            for handle in _finished(pool, parents, runs):  # once each, before those that start from their weights
+                if read_run(runs / handle).state != "done":
+                    raise UserError(f"{parents[handle].key} failed, and with it all trials that start from its weights")
             for handle in _finished(pool, wanted, runs):
                 progress.advance(bar)
                 for trial in [t for t, cell in cells.items() if cell.signature == handle]:

@@ -188,10 +188,7 @@ def test_differences_in_a_loss_are_relative_and_what_needs_a_cluster_is_beyond()
         assert claim.scale == ("full" if claim.kind == "identity" else "reduced"), claim.id
 
 
-SEVERAL_BATCHES = pytest.param("paper", marks=pytest.mark.xfail(reason="short_x8 sees 1.6% more tokens", strict=False))
-
-
-@pytest.mark.parametrize("profile", ["smoke", "small", SEVERAL_BATCHES])
+@pytest.mark.parametrize("profile", PROFILES)
 def test_arms_that_are_compared_at_equal_tokens_have_equal_tokens(profile: str) -> None:
     """Before anything runs: `match: {train/tokens: 0.0}` would make a claim not assessable for ever."""
     for claim in (spec := MOE.in_profile(profile)).claims_of(profile):

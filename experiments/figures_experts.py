@@ -50,7 +50,8 @@ def advantage(spec: PaperSpec, figure: Figure, estimates: Estimates, records: Se
 
 def survival(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Canvas | None:
     """Percent of tokens whose picks still hold every shard equally often, against updates done."""
-    updates = sorted({int(m.split("/")[1]) for _, d, m in estimates if d == figure.data and m.startswith("purity/")})
+    mine = [m for name, d, m in estimates if d == figure.data and name in figure.rows and m.startswith("purity/")]
+    updates = sorted({int(metric.split("/")[1]) for metric in mine})
     canvas, axes = plt.subplots(figsize=(3.5, 2.9))
     drawn = False
     for name in figure.rows:

@@ -261,6 +261,10 @@ def _verdict_panel(axes: Any, panel: Sequence[Verdict]) -> None:
         axes.annotate(
             verdict.verdict, (1.01, at), xycoords=("axes fraction", "data"), va="center", fontsize=7, annotation_clip=False
         )  # fmt: skip
+    sizes = sorted(abs(verdict.estimate or 0.0) for verdict in panel)
+    if sizes[-1] > 40 * sizes[len(sizes) // 2] > 0:  # one giant would leave the others no room
+        axes.set_xscale("symlog", linthresh=1)
+        axes.xaxis.set_major_formatter("{x:g}")
     axes.axvline(0, color="#999999", linewidth=0.6)
     axes.set_yticks(range(len(panel)), [v.id for v in panel])
     axes.set_ylim(len(panel) - 0.4, -0.6)

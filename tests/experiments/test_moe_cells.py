@@ -174,7 +174,7 @@ def test_what_is_tested_is_the_last_epochs_net_against_the_one_that_was_inherite
         pairs = zip(layer.up.detach().double().flatten(1), best[f"blocks.{at}.mlp.up"].double().flatten(1), strict=True)
         cosines += [(a @ b / a.norm() / b.norm()).item() for a, b in pairs]
     assert record.metrics["moe/cosine"] == pytest.approx(sum(cosines) / len(cosines), abs=1e-6)
-    assert record.metrics["moe/cosine"] < 0.9999
+    assert record.metrics["moe/cosine"] < 1 - 1e-5  # it has moved by far more than rounding
     assert record.metrics["val_at/100"] == pytest.approx(record.metrics["val/loss"], rel=1e-6)
     assert record.metrics["train/tokens"] == record.metrics["val/tokens"] == 2 * 32 * 128
 

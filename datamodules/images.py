@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,6 +113,17 @@ class InOrder(Sampler[list[int]]):
             yield list(range(start, min(self.n, start + self.batch_size)))
 
 
+class EpochLoader(DataLoader):
+    """A loader whose workers are not started before its first batch is asked for.
+
+    Lightning makes the iterator of a resumed run before it tells the sampler the epoch; workers that were dealt their indices
+    then would see the first epoch's order again.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()
+
+
 def loader(images: Images, batches: Sampler[list[int]], num_workers: int = 0) -> DataLoader:
     """Return a loader that asks `images` for one whole batch at a time."""
-    return DataLoader(images, sampler=batches, batch_size=None, num_workers=num_workers)
+    return EpochLoader(images, sampler=batches, batch_size=None, num_workers=num_workers)

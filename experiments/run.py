@@ -27,7 +27,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from experiments import provenance, tracking
 from experiments.cell import Cell, flatten
 from experiments.records import Record
-from experiments.store import cell_lock, read_json, read_run, sync_folder, write_atomically, write_json
+from experiments.store import CellBusy, cell_lock, read_json, read_run, sync_folder, write_atomically, write_json
 
 PaperData: TypeAlias = Any  # a LightningDataModule with card, train_size and input_shape
 
@@ -50,15 +50,30 @@ def run_cell(
     with cell_lock(folder):
         if (folder / "done.json").exists():
             return read_run(folder)
-        if cell.parent is not None:  # where it is done already, and a `reproduce` sees to that, this only looks
-            run_cell(cell.parent, runs)
         (folder / "failed.json").unlink(missing_ok=True)
         try:
+            if cell.parent is not None:  # where it is done already, and a `reproduce` sees to that, this only looks
+                _run_parent(cell.parent, runs)
             _execute(cell, folder, store, parent)
+        except CellBusy:
+            raise
         except Exception as error:
             write_failure(folder, cell, "".join(traceback.format_exception(error)), f"{type(error).__name__}: {error}")
             raise
     return read_run(folder)
+
+
+class ParentFailed(RuntimeError):
+    """The cell whose weights this one starts from could not be trained."""
+
+
+def _run_parent(parent: Cell, runs: Path) -> None:
+    try:
+        run_cell(parent, runs)
+    except CellBusy:
+        raise
+    except Exception as error:
+        raise ParentFailed(f"its parent {parent.key} failed: {type(error).__name__}: {error}") from error
 
 
 def write_failure(folder: Path, cell: Cell, trace: str, error: str) -> None:

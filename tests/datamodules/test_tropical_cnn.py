@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from lightning import LightningModule, Trainer
 
 from datamodules import tropical_cnn
-from datamodules.images import EpochShuffle, Images, InOrder, split_indices
+from datamodules.images import EpochShuffle, Images, InOrder, loader, split_indices
 from datamodules.sources import DataCard, ImageArrays
 from datamodules.tropical_cnn import ImageClassificationData
 
@@ -139,3 +141,33 @@ def test_images_hand_out_a_whole_batch() -> None:
     x, y = images[[2, 0]]
     assert x.shape == (2, 1, 2, 2)
     assert y.tolist() == [2, 3]
+
+
+def _orders_seen(epochs: int, workers: int, resume: Path | None, folder: Path) -> list[list[int]]:
+    class Watch(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.seen = torch.nn.Linear(1, 1), []
+
+        def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+            self.seen.append(batch[1].tolist())
+            return self.layer(batch[0].flatten(1)[:, :1]).sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    images = Images(np.zeros((8, 2, 2, 1), np.uint8), np.arange(8))
+    trainer = Trainer(max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False,
+                      enable_model_summary=False, enable_checkpointing=False, default_root_dir=folder)  # fmt: skip
+    module = Watch()
+    trainer.fit(module, loader(images, EpochShuffle(8, 4, seed=0), workers), ckpt_path=resume, weights_only=False)
+    trainer.save_checkpoint(folder / f"{epochs}.ckpt")
+    return module.seen
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_sees_the_order_of_its_own_epoch_with_and_without_workers(workers: int, tmp_path: Path) -> None:
+    whole = _orders_seen(3, 0, None, tmp_path)
+    _orders_seen(2, workers, None, tmp_path)
+    assert _orders_seen(3, workers, tmp_path / "2.ckpt", tmp_path) == whole[4:]
+    assert whole[:2] != whole[4:]

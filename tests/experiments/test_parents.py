@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from datamodules import catalogue, text
-from experiments import graph, reproduce
+from experiments import graph, reproduce, run
 from experiments.cell import CONF, Cell, _data_sha256, resolve
 from experiments.claims import load_paper
 from experiments.executors import Finished, Job
@@ -23,7 +23,7 @@ from experiments.graph import Selection, keys_for, plan
 from experiments.records import CellKey
 from experiments.reproduce import Places, Reproduction
 from experiments.schema import ConfigError
-from experiments.store import Index, cell_lock, write_json
+from experiments.store import Index, cell_lock, read_json, write_json
 
 SPEC = load_paper("moe_upcycling")
 CHILD = CellKey("moe_upcycling", "e8g1t1_10", "python_stdlib", 0, "smoke")
@@ -308,3 +308,22 @@ def test_a_parent_that_another_command_lets_go_of_is_run_here(tmp_path: Path, mo
     assert "+e8g1t1_10" not in lost
     left = resolve(CHILD).signature
     assert "its parent failed" in json.loads((tmp_path / "x" / "runs" / left / "failed.json").read_text())["error"]
+
+
+def test_a_parent_that_fails_inside_its_childs_run_is_named_in_the_childs_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = resolve(CHILD)
+    assert child.parent is not None
+    parent = child.parent.signature
+
+    def execute(ran: Cell, *_: object) -> None:
+        raise ValueError("no memory" if ran.signature == parent else "the child must not start")
+
+    monkeypatch.setattr(run, "_execute", execute)
+    with pytest.raises(run.ParentFailed, match=r"dense .*no memory"):
+        run.run_cell(child, tmp_path)
+    parents, childs = (read_json(tmp_path / c.signature / "failed.json")["error"] for c in (child.parent, child))
+    assert parents == "ValueError: no memory"
+    assert "its parent" in childs
+    assert "no memory" in childs

@@ -6,6 +6,7 @@ PROFILE ?= small
 SEEDS   ?=
 JOBS    ?=
 TRAINER ?= cpu
+MODEL   ?=
 RERUN   ?=
 DATA_ROOT ?=
 
@@ -14,7 +15,7 @@ BIN  := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FIVEFOLD := $(BIN)/fivefold
 FLAGS := --profile $(PROFILE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS))
-RUN_FLAGS = $(FLAGS) --trainer $(TRAINER) $(if $(RERUN),$(if $(filter stale,$(RERUN)),--rerun-stale,$(error RERUN is 'stale' or nothing)))
+RUN_FLAGS = $(FLAGS) --trainer $(TRAINER) $(if $(MODEL),--model $(MODEL)) $(if $(RERUN),$(if $(filter stale,$(RERUN)),--rerun-stale,$(error RERUN is 'stale' or nothing)))
 
 ifneq ($(strip $(DATA_ROOT)),)
 export DATA_ROOT
@@ -28,10 +29,14 @@ help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-zA-Z_%N-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST) | sed 's/-%/-N/'
 	@echo
 	@echo "Variables (make TARGET NAME=value):"
-	@echo "  PROFILE=smoke|small|paper   how much is run (default small: real data, at most 20 minutes on 2 cores)"
+	@echo "  PROFILE=smoke|small|gpu|paper  how much is run (default small: real data, at most 20 minutes on 2 cores; gpu: paper 1"
+	@echo "                              on one 80 GB GPU; paper: as published or nearest, paper 1 for eight of those)"
 	@echo "  SEEDS=n                     seeds per cell instead of the profile's"
-	@echo "  JOBS=n                      processes at once, one thread each (default: one per core)"
-	@echo "  TRAINER=cpu|gpu|ddp         where cells run: on cores (default), on one GPU, or each on all GPUs"
+	@echo "  JOBS=n                      cells at once, one thread each (default: one per core; one on GPUs)"
+	@echo "  TRAINER=cpu|gpu|ddp|fsdp    where cells run: on cores (default), on one GPU, or each on all GPUs of this machine, which"
+	@echo "                              hold the net whole (ddp) or divide it (fsdp); ddp and fsdp are for paper 1"
+	@echo "  MODEL=name                  another size of net than the profile's, a file of conf/model/PAPER, such as gpt_2b (paper 1);"
+	@echo "                              its results go to a folder of their own under runs/"
 	@echo "  RERUN=stale                 run cells again whose code or settings have changed since"
 	@echo "  DATA_ROOT=folder            where data sets already lie or are to be put (default .data)"
 	@echo

@@ -21,6 +21,8 @@ class TokenData(LightningDataModule):
     Windows do not overlap. An epoch takes the next `train_samples` of an endless row of permutations of all of them, keyed
     by (seed, stream, pass): every window comes once before any comes again. A run that is stopped and resumed inside an
     epoch goes on with the very next batch. Validation and test windows are evenly spaced and the same for every seed.
+    Processes that train together share training and validation windows; each sees all test windows, so that what is measured
+    within a test batch does not depend on their number.
 
     Args:
         name: of a corpus, see `datamodules.text`.
@@ -39,6 +41,8 @@ class TokenData(LightningDataModule):
         DataUnavailable: in `setup`, nothing led to the corpus.
         ShardError: in `setup`, shards that exist are not whole.
     """
+
+    shares_batches = True  # the steps of several processes are those of one
 
     def __init__(
         self,
@@ -132,15 +136,15 @@ class TokenData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Validation windows."""
-        return self._evaluation("val")
+        return self._evaluation("val", *self._rank_and_world())
 
     def test_dataloader(self) -> DataLoader:
-        """Test windows."""
-        return self._evaluation("test")
+        """Test windows, all of them in every process."""
+        return self._evaluation("test", 0, 1)
 
-    def _evaluation(self, split: str) -> DataLoader:
+    def _evaluation(self, split: str, rank: int, world: int) -> DataLoader:
         n = len(self.windows[split])
-        order = EvalOrder(n, self.samples[split] or n, self.eval_batch_size, *self._rank_and_world())
+        order = EvalOrder(n, self.samples[split] or n, self.eval_batch_size, rank, world)
         return DataLoader(self.windows[split], sampler=order, batch_size=None, num_workers=self.num_workers)
 
     def _rank_and_world(self) -> tuple[int, int]:

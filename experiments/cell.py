@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments import memo
 from experiments.records import CellKey
 from experiments.schema import ConfigError, hashed_keys, nearest, validate
 from experiments.sources_digest import ROOT, closure, digest
@@ -68,9 +69,10 @@ class Cell:
     @property
     def command(self) -> str:
         """The command line that runs this cell again."""
+        model = f" --model {self.key.model}" if self.key.model else ""
         return (
             f"fivefold reproduce {self.key.paper} --only {self.key.ablation} --data {self.key.data} "
-            f"--seed {self.key.seed} --profile {self.key.profile}"
+            f"--seed {self.key.seed} --profile {self.key.profile}{model}"
         )
 
 
@@ -120,6 +122,11 @@ def ablations(paper: str, conf: Path = CONF) -> list[str]:
     return sorted(file.stem for file in (conf / "ablation" / paper).glob("*.yaml"))
 
 
+def models(paper: str, conf: Path = CONF) -> list[str]:
+    """Return the names of the model sizes that a paper has to choose from, sorted."""
+    return sorted(file.stem for file in (conf / "model" / paper).glob("*.yaml"))
+
+
 def resolve(key: CellKey, conf: Path = CONF, trainer: str = "cpu") -> Cell:
     """Compose, resolve and validate the configuration of a cell.
 
@@ -128,15 +135,20 @@ def resolve(key: CellKey, conf: Path = CONF, trainer: str = "cpu") -> Cell:
         conf: the folder of configuration files.
         trainer: where it runs, a file of conf/trainer. It does not enter the signature.
     Raises:
-        ConfigError: an unknown ablation, data set, profile, trainer or key, or an impossible value; nearest valid names
-            included.
+        ConfigError: an unknown ablation, data set, profile, model, trainer or key, or an impossible value; nearest valid
+            names included.
     """
-    origin = f"{key.ablation} on {key.data} ({key.profile})"
-    template = _template(key.paper, key.ablation, key.data, key.profile, conf, trainer)
+    origin = origin_of(key)
+    template = _template(replace(key, seed=0), conf, trainer)
     config = template.config_of(key.seed) if template else _resolved(key, conf, trainer, key.seed)
     validate(config, origin)
     _check_ancestry(key, config, conf, trainer)
     return Cell(key, config, conf, trainer)
+
+
+def origin_of(key: CellKey) -> str:
+    """Return how errors name what a cell of any seed comes from."""
+    return f"{key.ablation} on {key.data} ({key.scale})"
 
 
 def _check_ancestry(key: CellKey, config: dict[str, Any], conf: Path, trainer: str) -> None:
@@ -147,7 +159,7 @@ def _check_ancestry(key: CellKey, config: dict[str, Any], conf: Path, trainer: s
         if len(set(seen)) < len(seen):
             raise ConfigError(f"parent.ablation: {' <- '.join(seen)}: an ablation cannot descend from itself")
         above = replace(key, ablation=parent["ablation"])
-        template = _template(above.paper, above.ablation, above.data, above.profile, conf, trainer)
+        template = _template(replace(above, seed=0), conf, trainer)
         parent = (template.config if template else _resolved(above, conf, trainer, above.seed))["parent"]
 
 
@@ -173,12 +185,21 @@ PROBES = (1_073_741_827, 2_147_483_659)  # two seeds that no one uses
 
 
 @cache
-def _template(paper: str, ablation: str, data: str, profile: str, conf: Path, trainer: str) -> _Template | None:
+def _template(key: CellKey, conf: Path, trainer: str) -> _Template | None:
     """Resolve for two seeds, which is slow, so that no other seed needs it; None if more than the seed itself changes."""
-    key = CellKey(paper, ablation, data, 0, profile)
+    name, inputs = (
+        f"{conf}|{key}|{trainer}",
+        memo.digest_of_conf(conf, key.paper, key.ablation) if conf == CONF else None,
+    )
+    if inputs and (kept := memo.recall("conf", name, inputs)):
+        return _Template(kept["config"], tuple(tuple(place) for place in kept["places"]))
     first, second = (_resolved(key, conf, trainer, seed) for seed in PROBES)
     places = _changes(first, second)
-    return None if places is None else _Template(first, tuple(places))
+    if places is None:
+        return None
+    if inputs:
+        memo.keep("conf", name, inputs, {"config": first, "places": [list(place) for place in places]})
+    return _Template(first, tuple(places))
 
 
 def _changes(first: Any, second: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]] | None:
@@ -196,12 +217,12 @@ def _changes(first: Any, second: Any, path: tuple[str | int, ...] = ()) -> list[
 
 
 def _resolved(key: CellKey, conf: Path, trainer: str, seed: int) -> dict[str, Any]:
-    composed = _compose(key.paper, key.ablation, key.data, key.profile, conf, trainer)
+    composed = _compose(replace(key, seed=0), conf, trainer)
     try:
         seeded = OmegaConf.merge(composed, {"seed": seed})
         config = OmegaConf.to_container(seeded, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{key.ablation} on {key.data} ({key.profile}): {_explain(composed, key, error)}") from error
+        raise ConfigError(f"{origin_of(key)}: {_explain(composed, key, error)}") from error
     assert isinstance(config, dict)
     return {str(name): value for name, value in config.items()}
 
@@ -219,14 +240,18 @@ def _explain(composed: DictConfig, key: CellKey, error: OmegaConfBaseException) 
 
 
 @cache
-def _compose(paper: str, ablation: str, data: str, profile: str, conf: Path, trainer: str) -> DictConfig:
+def _compose(key: CellKey, conf: Path, trainer: str) -> DictConfig:
     """Compose the files once for all seeds; interpolations are resolved later."""
+    paper, ablation, profile = key.paper, key.ablation, key.profile
     _check_choice(conf, "paper", "paper", paper)
     _check_choice(conf, f"ablation/{paper}", "ablation", ablation)
     _check_choice(conf, f"profile/{paper}", "profile", profile)
-    _check_choice(conf, "data", "data", data)
+    _check_choice(conf, "data", "data", key.data)
     _check_choice(conf, "trainer", "trainer", trainer)
-    choices = [f"paper={paper}", f"ablation={paper}/{ablation}", f"data={data}", f"profile={paper}/{profile}"]
+    choices = [f"paper={paper}", f"ablation={paper}/{ablation}", f"data={key.data}", f"profile={paper}/{profile}"]
+    if key.model:
+        _check_model(conf, key)
+        choices.append(f"model/{paper}@_global_={key.model}")
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf), version_base="1.3", job_name="fivefold"):
@@ -234,7 +259,7 @@ def _compose(paper: str, ablation: str, data: str, profile: str, conf: Path, tra
     except yaml.YAMLError as error:
         raise ConfigError(_explain_yaml(error)) from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"{ablation} on {data} ({profile}): {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{origin_of(key)}: {str(error).splitlines()[0]}") from error
 
 
 def _explain_yaml(error: yaml.YAMLError) -> str:
@@ -242,6 +267,13 @@ def _explain_yaml(error: yaml.YAMLError) -> str:
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     where = f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}" if mark else "a configuration file"
     return f"{where}: this is not YAML: {problem}"
+
+
+def _check_model(conf: Path, key: CellKey) -> None:
+    if not (known := models(key.paper, conf)):
+        raise ConfigError(f"{key.paper} has no other models to choose from; leave --model out")
+    if key.model not in known:
+        raise ConfigError(f"unknown model '{key.model}'{nearest(key.model, known)}")
 
 
 def _check_choice(conf: Path, folder: str, what: str, name: str) -> None:

@@ -21,7 +21,7 @@ from experiments.schema import nearest
 
 PAPERS = Path(__file__).parent / "papers"
 KNOWN_PAPERS = {1: "moe_upcycling", 2: "face_deblur", 3: "tropical_cnn", 4: "min_max_plus", 5: "auto_map"}
-PROFILES = ("smoke", "small", "paper")
+PROFILES = ("smoke", "small", "gpu", "paper")  # not every paper has each
 
 Kind = Literal["comparison", "value", "ordering", "trend", "identity"]
 

@@ -22,13 +22,14 @@ app.add_typer(upcycling)
 console = Console(emoji=False)
 
 Paper = Annotated[str, typer.Argument(help="Paper number 1 to 5, its key, or 'all'.")]
-Profile = Annotated[str, typer.Option(help="How much is run: smoke, small or paper.")]
+Profile = Annotated[str, typer.Option(help="How much is run: smoke, small, gpu (paper 1) or paper.")]
+Model = Annotated[str, typer.Option(help="Another size than the profile's, a file of conf/model/PAPER (paper 1).")]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds per cell, instead of the profile's.")]
 OneSeed = Annotated[list[int] | None, typer.Option("--seed", min=0, help="Only this seed; may be repeated.")]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Processes at once; default one per core.")]
 Only = Annotated[list[str] | None, typer.Option(help="Only this ablation; may be repeated.")]
 OnlyData = Annotated[list[str] | None, typer.Option("--data", help="Only this data set; may be repeated.")]
-Trainer = Annotated[str, typer.Option(help="Where cells run: cpu, gpu (one) or ddp (all GPUs).")]
+Trainer = Annotated[str, typer.Option(help="Where cells run: cpu, gpu (one), ddp or fsdp (a cell on all GPUs).")]
 OnlyTable = Annotated[list[str] | None, typer.Option("--table", help="Only what this table needs; may be repeated.")]
 Stale = Annotated[bool, typer.Option("--rerun-stale", help="Run cells again whose code or settings have changed.")]
 
@@ -44,6 +45,7 @@ def plan(
     data: OnlyData = None,
     table: OnlyTable = None,
     trainer: Trainer = "cpu",
+    model: Model = "",
     rerun_stale: Stale = False,
 ) -> None:
     """Show what is done, stale, failed and to do, with parameters, operations and an ETA. Runs nothing."""
@@ -51,10 +53,10 @@ def plan(
     from experiments.executors import default_jobs
     from experiments.summary import print_plan
 
-    selection = _selection(profile, seeds, seed, only, data, trainer, table)
+    selection = _selection(profile, seeds, seed, only, data, trainer, table, model)
     for spec in _specs(paper, profile):
         found = graph.plan(spec, selection, _places(profile).runs, rerun_stale)
-        print_plan(console, found, jobs or default_jobs())
+        print_plan(console, found, jobs or default_jobs(found.nodes[0].cell.config["trainer"]))
 
 
 @app.command()
@@ -68,13 +70,14 @@ def reproduce(
     data: OnlyData = None,
     table: OnlyTable = None,
     trainer: Trainer = "cpu",
+    model: Model = "",
     rerun_stale: Stale = False,
 ) -> None:
     """Run what a paper's claims need and is not done yet, then write tables, figures and verdicts."""
     from experiments.reproduce import Reproduction
 
     status = 0
-    selection = _selection(profile, seeds, seed, only, data, trainer, table)
+    selection = _selection(profile, seeds, seed, only, data, trainer, table, model)
     for spec in _specs(paper, profile):
         status |= Reproduction(spec, selection, _places(profile), console, jobs, rerun_stale).run()
     raise typer.Exit(status)
@@ -209,7 +212,8 @@ def _specs(paper: str, profile: str) -> list:
 
     available = available_papers()
     if paper == "all":
-        return [load_paper(key).in_profile(profile) for _, key in sorted(available.items())]
+        has = [key for _, key in sorted(available.items()) if profile in _stems(f"profile/{key}")]
+        return [load_paper(key).in_profile(profile) for key in has]
     if paper.isdigit() and int(paper) in KNOWN_PAPERS:
         paper = KNOWN_PAPERS[int(paper)]
     if paper not in KNOWN_PAPERS.values():
@@ -220,7 +224,7 @@ def _specs(paper: str, profile: str) -> list:
     return [load_paper(paper).in_profile(profile)]
 
 
-def _selection(profile, seeds, seed=None, only=None, data=None, trainer="cpu", table=None):
+def _selection(profile, seeds, seed=None, only=None, data=None, trainer="cpu", table=None, model=""):
     """What was asked for, every name checked that does not depend on the paper."""
     from experiments.claims import PROFILES
     from experiments.graph import Selection
@@ -234,7 +238,7 @@ def _selection(profile, seeds, seed=None, only=None, data=None, trainer="cpu", t
         "data": tuple(data or ()),
         "table": tuple(table or ()),
     }
-    return Selection(profile, seeds, trainer=trainer, **chosen)
+    return Selection(profile, seeds, trainer=trainer, model=model, **chosen)
 
 
 def _check(what: str, names: Iterable[str], known: Iterable[str]) -> None:

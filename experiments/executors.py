@@ -8,11 +8,12 @@ import signal
 import sys
 import threading
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from experiments.cell import Cell
 from experiments.store import CellBusy, cell_lock, write_json
@@ -69,9 +70,13 @@ class Executor(Protocol):
         """Stop a job, queued or running. What it had finished stays; it can be submitted again."""
 
 
-def default_jobs() -> int:
-    """Return one process per usable core."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def default_jobs(trainer: Mapping[str, Any] | None = None) -> int:
+    """Return how many cells run at once: one per usable core or, on GPUs, one."""
+    if trainer is not None and trainer["accelerator"] != "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    devices = trainer["devices"] if trainer is not None else 1
+    return max(1, cores // devices) if isinstance(devices, int) and devices > 0 else cores
 
 
 @dataclass
@@ -160,8 +165,8 @@ def _record_death(job: Job, folder: Path, exitcode: int) -> None:
 def _work(job: Job) -> None:
     """Body of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends its workers with SIGTERM
-    signal.signal(signal.SIGTERM, _interrupt)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, interrupt)
+    threading.Thread(target=die_with_parent, daemon=True).start()
     from experiments.run import run_cell
     from experiments.tracking import Store
 
@@ -181,11 +186,12 @@ def _work(job: Job) -> None:
         sys.exit(EXIT_BUSY)
 
 
-def _interrupt(*_: object) -> None:
+def interrupt(*_: object) -> None:
+    """Answer SIGTERM as Ctrl-C is answered."""
     raise KeyboardInterrupt("asked to stop")
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """End this process when the command that started it is gone, so that no orphan holds a cell."""
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -21,7 +21,7 @@ def manifest() -> dict[str, Any]:
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "lock_sha256": _lock_digest(),
+        "lock_sha256": lock_digest(),
         "python": platform.python_version(),
         "versions": versions(),
         "hardware": hardware(),
@@ -71,7 +71,8 @@ def _cpu_name() -> str:
 
 
 @cache
-def _lock_digest() -> str | None:
+def lock_digest() -> str | None:
+    """Return the sha256 of requirements.lock, which says every library's version."""
     lock = ROOT / "requirements.lock"
     return hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None
 

@@ -11,16 +11,24 @@ State = Literal["done", "failed", "running", "stale", "not run"]
 
 @dataclass(frozen=True, order=True)
 class CellKey:
-    """The name of one training run: which ablation of which paper, on which data, with which seed and profile."""
+    """The name of one training run: which ablation of which paper, on which data, with which seed and profile, and with which
+    model where it is not the profile's own.
+    """
 
     paper: str
     ablation: str
     data: str
     seed: int
     profile: str
+    model: str = ""  # a file of conf/model/<paper>, or empty for the profile's
+
+    @property
+    def scale(self) -> str:
+        """What is told apart from results of other sizes: the profile, with the model where it is another."""
+        return f"{self.profile}+{self.model}" if self.model else self.profile
 
     def __str__(self) -> str:
-        return f"{self.paper}/{self.ablation} on {self.data}, seed {self.seed} ({self.profile})"
+        return f"{self.paper}/{self.ablation} on {self.data}, seed {self.seed} ({self.scale})"
 
 
 @dataclass(frozen=True)

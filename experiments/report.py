@@ -37,7 +37,7 @@ def write_paper(spec: PaperSpec, records: Sequence[Record], verdicts: Sequence[V
     written = {out_dir / "estimates.csv": tables.estimates_csv(rows)}
     verdict_file = _verdict_file(spec, records, verdicts, profile)
     written[out_dir / "verdicts.json"] = json.dumps(verdict_file, indent=2, ensure_ascii=False) + "\n"
-    about = [*_data_notes(records, {record.key.data for record in records}), f"Profile: {profile}."]
+    about = [*_data_notes(records, {record.key.data for record in records}), f"Profile: {records[0].key.scale}."]
     for model in [tables.claims(verdicts, about), *_models(spec, rows, records, profile)]:
         written[out_dir / f"table_{model.id}.md"] = tables.markdown(model)
         written[out_dir / f"table_{model.id}.tex"] = tables.latex(model)
@@ -96,6 +96,7 @@ def _verdict_file(
     return {
         "paper": spec.key,
         "profile": profile,
+        **({"model": records[0].key.model} if records[0].key.model else {}),
         "hardware": _distinct(done, "hardware"),
         "commit": _distinct(done, "commit"),
         "created": newest.done.get("finished") if newest else None,
@@ -149,7 +150,7 @@ def _models(
     shown = [table for table in spec.tables if profile in table.profiles]
     models = []
     for table in shown:
-        notes = [*_data_notes(records, {column.data for column in table.columns}), f"Profile: {profile}."]
+        notes = [*_data_notes(records, {column.data for column in table.columns}), f"Profile: {records[0].key.scale}."]
         models.append(tables.build(spec, table, rows, records, notes))
     return models
 

@@ -62,7 +62,7 @@ class Reproduction:
 
         self._fetch_texts()
         found = plan(self.spec, self.selection, self.places.runs, self.rerun_stale)
-        jobs = self.jobs or default_jobs()
+        jobs = self.jobs or default_jobs(found.nodes[0].cell.config["trainer"])
         if not found.to_run and not found.of("stale") and self._report_is_current(found):
             self.console.print(f"Nothing to do: all {len(found.nodes)} cells of this selection are done.")
             self._show(self._stored_verdicts())
@@ -93,7 +93,7 @@ class Reproduction:
             self.console.print(tables.listing(self.spec, rows))
             for table in self.spec.tables:
                 if table.id in self.selection.table:
-                    notes = [f"Profile: {self.selection.profile}."]
+                    notes = [f"Profile: {records[0].key.scale}."]
                     text = tables.markdown(tables.build(self.spec, table, rows, records, notes))
                     self.console.print(text, soft_wrap=True, markup=False, highlight=False)
         if self._is_whole or verdicts:
@@ -102,7 +102,8 @@ class Reproduction:
     def records(self) -> list[Record]:
         """Read the record of every selected cell as it is now."""
         index = Index.scan(self.places.runs)
-        return [index.record(key, resolve(key).signature) for key in keys_for(self.spec, self.selection)]
+        trainer = self.selection.trainer  # of no consequence here, but composed already
+        return [index.record(k, resolve(k, trainer=trainer).signature) for k in keys_for(self.spec, self.selection)]
 
     def report(self) -> list[dict]:
         """Judge the claims and write results/. A selection of single cells is judged and not written.
@@ -141,11 +142,15 @@ class Reproduction:
 
     @cached_property
     def results(self) -> Path:
-        """Where this reproduction's results go: with fewer or more seeds than the profile has, to a folder under runs/."""
-        seeds, profile = self.selection.seeds, self.selection.profile
-        if seeds is None or seeds == len({key.seed for key in keys_for(self.spec, Selection(profile))}):
+        """Where this reproduction's results go: with another model than the profile's, or fewer or more seeds, to a folder
+        under runs/, so that they never take the place of the profile's own.
+        """
+        seeds, chosen = self.selection.seeds, Selection(self.selection.profile, model=self.selection.model)
+        usual = seeds is None or seeds == len({key.seed for key in keys_for(self.spec, chosen)})
+        if usual and not chosen.model:
             return self.places.results
-        return self.places.runs / f"results-{profile}-{seeds}-seeds"
+        name = f"results-{chosen.profile}" + (f"+{chosen.model}" if chosen.model else "")
+        return self.places.runs / (name if usual else f"{name}-{seeds}-seeds")
 
     @property
     def _stamp(self) -> Path:
@@ -275,7 +280,7 @@ class Reproduction:
                     "paper": key.paper,
                     "ablation": key.ablation,
                     "data": key.data,
-                    "profile": key.profile,
+                    "profile": key.scale,
                 }
                 parents[group] = (experiment, tracking.parent_run(store, experiment, **names, params={}))
         return parents
@@ -334,7 +339,7 @@ def _heirs(nodes: Mapping[str, Node]) -> dict[str, list[Node]]:
 
 
 def _group(key: CellKey) -> tuple[str, ...]:
-    return (key.paper, key.ablation, key.data, key.profile)
+    return (key.paper, key.ablation, key.data, key.scale)
 
 
 def _about(verdicts: list[Verdict], records: list[Record]) -> list[Verdict]:

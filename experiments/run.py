@@ -26,8 +26,10 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 
 from experiments import provenance, tracking
 from experiments.cell import Cell, flatten
+from experiments.ranks import leads, run_ranks
 from experiments.records import Record
 from experiments.store import CellBusy, cell_lock, read_json, read_run, sync_folder, write_atomically, write_json
+from experiments.strategies import compile_blocks, gathered, processes, trainer_arguments
 
 PaperData: TypeAlias = Any  # a LightningDataModule with card, train_size and input_shape
 
@@ -54,7 +56,10 @@ def run_cell(
         try:
             if cell.parent is not None:  # where it is done already, and a `reproduce` sees to that, this only looks
                 _run_parent(cell.parent, runs)
-            _execute(cell, folder, store, parent)
+            if (count := processes(cell.config["trainer"])) > 1:
+                run_ranks(_execute, cell, folder, store, parent, count)
+            else:
+                _execute(cell, folder, store, parent)
         except CellBusy:
             raise
         except Exception as error:
@@ -132,6 +137,7 @@ def _identity(cell: Cell) -> dict[str, Any]:
 
 
 def _execute(cell: Cell, folder: Path, store: tracking.Store | None, parent: tuple[str, str] | None) -> None:
+    """Train and test a cell in this process, alone or as one of several; the first of several writes down what comes of it."""
     _quiet()
     started = time.monotonic()
     config = cell.config
@@ -143,7 +149,8 @@ def _execute(cell: Cell, folder: Path, store: tracking.Store | None, parent: tup
     manifest = provenance.manifest() | _identity(cell) | made
     earlier = read_json(folder / "manifest.json")
     experiment_id, parent_id = parent or ("", "")
-    write_atomically(folder / "config.yaml", yaml.safe_dump(cell.hashed, sort_keys=False))
+    if leads():
+        write_atomically(folder / "config.yaml", yaml.safe_dump(cell.hashed, sort_keys=False))
     with tracking.open_child(
         store if config["tracking"]["enabled"] else None,
         experiment_id,
@@ -158,7 +165,8 @@ def _execute(cell: Cell, folder: Path, store: tracking.Store | None, parent: tup
         log_every=config["tracking"]["log_every"],
     ) as child:
         manifest |= {"mlflow_run_id": child.run_id, "mlflow_experiment_id": experiment_id or None}
-        write_json(folder / "manifest.json", manifest)
+        if leads():
+            write_json(folder / "manifest.json", manifest)
         _fit_and_test(cell, folder, data, child.logger, started)
         if store is not None and child.run_id and (folder / "best.ckpt").exists():
             tracking.log_artifacts(store, child.run_id, [folder / "best.ckpt"], "checkpoints")
@@ -169,6 +177,8 @@ def _fit_and_test(cell: Cell, folder: Path, data: PaperData, logger: Any, starte
     net = build_net(config)
     inherited = inherit(net, cell, folder.parent)
     cost = _cost(net, data)
+    if config["trainer"].get("compile"):
+        compile_blocks(net)
     steps = len(data.train_dataloader())
     module: LightningModule = instantiate(
         config["module"],
@@ -192,13 +202,16 @@ def _fit_and_test(cell: Cell, folder: Path, data: PaperData, logger: Any, starte
     trained, seconds, tests_start = dict(history.metrics), history.seconds(), time.monotonic()
     # Loading the chosen weights puts every callback back to that epoch too, so what is kept was read before.
     tested = trainer.test(module, datamodule=data, ckpt_path=chosen, verbose=False, weights_only=False)
+    built = gathered(module.state_dict(), keep=leads()) if chosen is None else {}  # all processes take part
+    if not leads():
+        return
     metrics = trained | {"train/samples": float(data.train_size * config["budget"]["max_epochs"])}
     seconds = round(seconds + time.monotonic() - tests_start, 3)
     metrics |= dict(tested[0]) | cost | {"train/seconds": seconds}
     if logger is not None:
         logger.log_metrics({name: metrics[name] for name in metrics if name not in tested[0]})
     write_json(folder / "metrics.json", metrics)
-    weights = torch.load(last, map_location="cpu", weights_only=False)["state_dict"] if chosen else module.state_dict()
+    weights = torch.load(last, map_location="cpu", weights_only=False)["state_dict"] if chosen else built
     write_json(
         folder / "done.json",
         {
@@ -233,7 +246,7 @@ def _checkpoints(folder: Path, selection: dict[str, Any]) -> tuple[ModelCheckpoi
 
 def _trainer(config: dict[str, Any], folder: Path, callbacks: list[Callback], logger: Any) -> Trainer:
     return Trainer(
-        **config["trainer"],
+        **trainer_arguments(config["trainer"]),
         max_epochs=config["budget"]["max_epochs"],
         precision=config["precision"],
         callbacks=callbacks,
@@ -319,6 +332,8 @@ class Progress(Callback):
         if now - self._written < 0.5:
             return
         self._written = now
+        if not trainer.is_global_zero:
+            return
         epochs = trainer.current_epoch + trainer.fit_loop.epoch_loop.batch_progress.current.completed / max(
             1, int(trainer.num_training_batches)
         )

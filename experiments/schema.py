@@ -79,11 +79,13 @@ class Data(Strict):
 
 class Budget(Strict):
     """How much a cell trains and tests. `train_samples: null` means all that remain after the validation split.
-    No epochs: the net is a construction, tested as it was built.
+    No epochs: the net is a construction, tested as it was built. `micro_batch` samples go through the net at once, over all
+    processes together, and their gradients add up to a batch's; what a loss says of a batch it then says of those.
     """
 
     max_epochs: Annotated[int, Field(ge=0)]
     batch_size: Positive
+    micro_batch: Positive | None = None
     train_samples: Positive | None = None
     val_samples: Positive
     test_samples: Positive | None = None
@@ -112,8 +114,10 @@ class Parent(Strict):
 class Trainer(Strict):
     accelerator: Literal["cpu", "gpu", "auto"]
     devices: int | str
-    num_nodes: Positive
-    strategy: str
+    num_nodes: Literal[1]
+    strategy: Literal["auto", "ddp", "fsdp"]
+    compile: bool = False
+    micro_batch: Positive | None = None  # the budget's, for the strategy, which sees no other part of the configuration
 
 
 class Tracking(Strict):
@@ -128,7 +132,7 @@ class Executor(Strict):
 
 
 class Profile(Strict):
-    name: Literal["smoke", "small", "paper"]
+    name: Literal["smoke", "small", "gpu", "paper"]
     seeds: Positive
     budgets: dict[str, dict[str, Budget]]
 

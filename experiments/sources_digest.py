@@ -20,6 +20,29 @@ def closure(targets: Iterable[str], root: Path = ROOT) -> list[Path]:
         targets: dotted names such as "lit_modules.nets.cnn.LeNet5"; names outside the project are ignored.
         root: the folder that holds the packages.
     """
+    asked = (tuple(targets), root)
+    if asked in _CLOSURES and _stamps(_CLOSURES[asked]) == _CLOSURES[asked]:
+        return [path for path in _CLOSURES[asked] if path.suffix == ".py"]
+    files = _walk(*asked)
+    _CLOSURES[asked] = _stamps([*files, *_folders(root)])
+    return files
+
+
+# The answers of this process, with when each file was last changed, and each folder that a file could come to lie in.
+_CLOSURES: dict[tuple[tuple[str, ...], Path], dict[Path, int]] = {}
+
+
+def _stamps(paths: Iterable[Path]) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns if path.exists() else -1 for path in paths}
+
+
+def _folders(root: Path) -> list[Path]:
+    packages = [root / name for name in FOLLOWED]
+    inner = [folder for package in packages for folder in package.rglob("*/") if folder.name != "__pycache__"]
+    return [root, *packages, *(folder for folder in inner if folder.is_dir())]
+
+
+def _walk(targets: Iterable[str], root: Path) -> list[Path]:
     waiting = [file for name in (*targets, *ALWAYS) if (file := _file_of(name, root))]
     found: set[Path] = set()
     while waiting:
@@ -35,10 +58,14 @@ def closure(targets: Iterable[str], root: Path = ROOT) -> list[Path]:
 
 def digest(files: Iterable[Path], root: Path = ROOT) -> str:
     """Return the sha256 over the code of `files`, each under its path relative to `root`."""
+    return _digest(tuple((file, file.stat().st_mtime_ns) for file in files), root)
+
+
+@cache
+def _digest(files: tuple[tuple[Path, int], ...], root: Path) -> str:
     whole = hashlib.sha256()
-    for file in files:
-        code = _code(file, file.stat().st_mtime_ns)
-        whole.update(f"{file.relative_to(root).as_posix()}\0{code}\0".encode())
+    for file, mtime in files:
+        whole.update(f"{file.relative_to(root).as_posix()}\0{_code(file, mtime)}\0".encode())
     return whole.hexdigest()
 
 

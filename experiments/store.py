@@ -89,7 +89,8 @@ def is_held(folder: Path) -> bool:
 
 def key_of(manifest: Mapping[str, Any]) -> CellKey:
     """Return the cell key that a manifest names."""
-    return CellKey(**{name: manifest[name] for name in ("paper", "ablation", "data", "seed", "profile")})
+    names = ("paper", "ablation", "data", "seed", "profile")
+    return CellKey(**{name: manifest[name] for name in names}, model=manifest.get("model", ""))
 
 
 def read_run(folder: Path, state: State | None = None) -> Record:

@@ -13,9 +13,11 @@ from rich.table import Table
 
 from experiments.claims import PaperSpec
 from experiments.graph import Node, Plan
+from experiments.prices import Pricer
 from experiments.watch import clock
 
 STATES = ("done", "running", "stale", "failed", "not run")
+LARGE = 1e9  # bytes on a device from which on memory is worth a word
 
 
 def from_shell(command: str) -> str:
@@ -35,20 +37,19 @@ def print_plan(console: Console, plan: Plan, jobs: int) -> None:
     shown = [state for state in STATES if plan.of(state)]
     table.add_column("ablation", no_wrap=True, min_width=max(len(ablation) for ablation, _ in groups))
     table.add_column("data", no_wrap=True, min_width=max(len(data) for _, data in groups))
-    for name in (*shown, "params", "ops/sample", "s/cell"):
+    memory = any((node.memory or 0) >= LARGE for node in plan.nodes)
+    for name in (*shown, "params", "ops/sample", *(["GB/device"] if memory else []), "s/cell"):
         table.add_column(name, justify="right", no_wrap=True)
     for (ablation, data), nodes in groups.items():
         counts = [sum(node.record.state == state for node in nodes) for state in shown]
         priced = next((node for node in nodes if node.seconds is not None), None)
-        prices = (
-            [f"{priced.params:,}", f"{priced.operations_per_sample:,}", f"{priced.seconds:.0f}"]
-            if priced
-            else ["", "", ""]
-        )
+        prices = _prices(priced, memory) if priced else [""] * (4 if memory else 3)
         table.add_row(escape(ablation), escape(data), *[str(count) if count else "·" for count in counts], *prices)
     console.print(table)
     total = {state: len(plan.of(state)) for state in STATES}
     console.print(", ".join(f"{count} {state}" for state, count in total.items() if count) or "no cells")
+    for line in _language_model_costs(plan):
+        console.print(line, soft_wrap=True, highlight=False)
     if plan.to_run:
         console.print(
             f"{len(plan.to_run)} cells to run on {jobs} processes: about {clock(plan.eta_seconds(jobs))} (h:mm:ss or m:ss)",
@@ -59,6 +60,50 @@ def print_plan(console: Console, plan: Plan, jobs: int) -> None:
             "Stale cells ran with other code or settings; `--rerun-stale` (make: RERUN=stale) runs them again.",
             soft_wrap=True,
         )
+
+
+def _prices(node: Node, memory: bool) -> list[str]:
+    if not memory or node.params is None or node.operations_per_sample is None:
+        return [f"{node.params:,}", f"{node.operations_per_sample:,}", f"{node.seconds:.0f}"]
+    gigabytes = f"{node.memory / 1e9:.3g}" if node.memory else ""
+    return [number(node.params), f"{node.operations_per_sample:.2e}", gigabytes, f"{node.seconds:.0f}"]
+
+
+def _language_model_costs(plan: Plan) -> list[str]:
+    """What the dearest language model of a plan takes, and all that is to run together; nothing for other nets."""
+    known = [node for node in plan.nodes if node.cost and node.cost.training_flops]
+    largest = max(known, key=lambda node: (node.memory or 0, node.samples), default=None)
+    if largest is None or ((largest.memory or 0) < LARGE and largest.cell.config["trainer"]["accelerator"] == "cpu"):
+        return []
+    cost, budget = largest.cost, largest.cell.config["budget"]
+    assert cost is not None
+    assert cost.training_flops is not None
+    assert cost.tokens is not None
+    flops = sum(n.samples * (n.cost.training_flops or 0) for n in plan.to_run if n.cost)
+    tokens = sum(n.samples * (n.cost.tokens or 0) for n in plan.to_run if n.cost)
+    at_once, devices = budget.get("micro_batch") or budget["batch_size"], plan.processes
+    trainer = largest.cell.config["trainer"]
+    lines = [
+        f"Largest: {largest.cell.key.ablation}, {number(cost.params)} parameters, of which a token meets "
+        f"{number(cost.active or 0)}; {number(cost.training_flops // cost.tokens)} FLOPs per training token of "
+        f"{cost.tokens} in a row; {(largest.memory or 0) / 1e9:.3g} GB on each of {devices} device(s), {at_once} sequences at "
+        f"once over all, beside workspace and what the block being computed takes.",
+        f"To train on: {number(tokens)} tokens in {number(flops)} FLOPs.",
+    ]
+    if trainer["accelerator"] != "cpu":
+        lines.append(
+            f"Times are a guess where no run has been timed: {Pricer.GPU_FLOPS_PER_S:.1e} FLOP/s on each of {devices} GPU(s), "
+            "one cell at a time; each more GPU of this machine divides them."
+        )
+    return lines
+
+
+def number(value: float) -> str:
+    """Return a count in words: 1.3 million, 83 billion, 1.1 trillion; beyond, as a power of ten."""
+    for size, word in ((1e15, ""), (1e12, " trillion"), (1e9, " billion"), (1e6, " million"), (1e3, " thousand")):
+        if value >= size:
+            return f"{value:.2e}" if not word else f"{value / size:.3g}{word}"
+    return f"{value:.0f}"
 
 
 def print_verdicts(console: Console, spec: PaperSpec, verdicts: list[dict[str, Any]], results: Path) -> None:

@@ -177,7 +177,7 @@ def estimates(spec: PaperSpec, records: Sequence[Record]) -> list[EstimateRow]:
     groups: dict[tuple[str, str, str, str], list[Record]] = defaultdict(list)
     for record in records:
         if record.state == "done":
-            groups[record.key.paper, record.key.ablation, record.key.data, record.key.profile].append(record)
+            groups[record.key.paper, record.key.ablation, record.key.data, record.key.scale].append(record)
     rows = []
     for (paper, ablation, data, profile), members in sorted(groups.items()):
         members = sorted(members, key=lambda r: r.key.seed)

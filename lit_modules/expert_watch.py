@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_modules.nets.moe import MoE
+from lit_modules.nets.sharding import divided_like, whole
 from lit_modules.nets.transformer import Transformer
 from lit_modules.ops.routing import Routing, load_balancing_loss, z_loss
 from lit_modules.ops.similarity import replica_purity, shard_coverage
@@ -83,6 +84,8 @@ class ExpertWatch(Callback):
     From training: `purity/<s>` and `coverage/<s>` on the batch after s updates, and `train/dropped`, percent of choices.
     The load of every expert after each epoch goes to expert_load.json in the run's folder.
 
+    Processes that train together share batches and validation data, of which they see the sums; test data each sees whole.
+
     Args:
         net: as it starts, since its experts' similarity is to what they are now.
     """
@@ -94,16 +97,25 @@ class ExpertWatch(Callback):
         self.dropped: list[float] = [0.0, 0.0]  # choices dropped, and all
         self.loads: list[list[list[float]]] = []  # epoch, layer, expert
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hold no more of the start than of the net itself, where that is divided among processes."""
+        self.start = {at: divided_like(self.start[at], layer.up) for at, layer in _layers(pl_module).items()}
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_fit_start(trainer, pl_module)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         layers, updates = _layers(pl_module), trainer.global_step - 1
         for layer in layers.values():
             if layer.routed is not None and layer.routed.kept_SK is not None:
-                self.dropped[0] += float((~layer.routed.kept_SK).sum())
-                self.dropped[1] += layer.routed.kept_SK.numel()
+                lost = trainer.strategy.reduce((~layer.routed.kept_SK).sum(), reduce_op="sum")
+                self.dropped[0] += float(lost)
+                self.dropped[1] += layer.routed.kept_SK.numel() * trainer.world_size
         if updates in STEPS:
             for name, measure in {"purity": replica_purity, "coverage": shard_coverage}.items():
-                values = [float(measure(_routing(x).experts_SK, x.experts.granularity)) for x in layers.values()]
-                self.groups[f"{name}/{updates:05d}"] = 100 * sum(values) / len(values)
+                values = [measure(_routing(x).experts_SK, x.experts.granularity) for x in layers.values()]
+                mean = trainer.strategy.reduce(torch.stack(values).mean(), reduce_op="mean")
+                self.groups[f"{name}/{updates:05d}"] = 100 * float(mean)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.log_dict(self.groups)
@@ -125,20 +137,24 @@ class ExpertWatch(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
+            for tally in self.tallies.values():
+                tally.counts_N = trainer.strategy.reduce(tally.counts_N, reduce_op="sum")
             self.loads.append([[round(x, 4) for x in tally.load().tolist()] for tally in self.tallies.values()])
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         layers = _layers(pl_module)
         found = {at: tally.statistics() for at, tally in self.tallies.items()}
         for at, layer in layers.items():
-            start = self.start[at].to(layer.up)
-            found[at]["cosine"] = float(F.cosine_similarity(layer.up.detach().flatten(1), start.flatten(1)).mean())
+            up = whole(layer.up.detach())
+            start = whole(self.start[at]).to(up)
+            found[at]["cosine"] = float(F.cosine_similarity(up.flatten(1), start.flatten(1)).mean())
         for at, values in found.items():
             pl_module.log_dict({f"moe/layer{at}/{name}": value for name, value in values.items()})
         names = next(iter(found.values()))
         pl_module.log_dict({f"moe/{name}": sum(v[name] for v in found.values()) / len(found) for name in names})
-        file = Path(trainer.default_root_dir) / "expert_load.json"
-        file.write_text(json.dumps({"layers": list(found), "epochs": self.loads}))
+        if trainer.is_global_zero:
+            file = Path(trainer.default_root_dir) / "expert_load.json"
+            file.write_text(json.dumps({"layers": list(found), "epochs": self.loads}))
 
     def state_dict(self) -> dict[str, Any]:
         return {"groups": dict(self.groups), "dropped": list(self.dropped), "loads": list(self.loads)}

@@ -6,10 +6,11 @@ Shape legend: B sequences, S tokens of a sequence, V vocabulary, C candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from lightning import Callback, LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,9 +18,10 @@ from torchmetrics import MeanMetric
 
 from lit_modules.expert_watch import ExpertWatch
 from lit_modules.nets.pricing import Shape, price
+from lit_modules.nets.sharding import shard
 from lit_modules.nets.transformer import Transformer
 from lit_modules.ops.cloze import cloze_hits
-from lit_modules.ops.routing import load_balancing_loss, z_loss
+from lit_modules.ops.routing import Routing, expert_counts, load_balancing_loss, z_loss
 from lit_modules.pace import logs_now
 from lit_modules.schedules import Schedule
 
@@ -82,6 +84,12 @@ class MoEUpcycling(LightningModule):
         self.tokens = 0  # trained on so far
         self.curve: dict[int, float] = {}  # validation loss after so many percent of the training
 
+    def configure_model(self) -> None:
+        """Shard the net over the processes of a strategy that has a device mesh (FSDP2); any other needs nothing here."""
+        for net in self.children():
+            if self.device_mesh is not None and isinstance(net, Transformer):
+                shard(net, self.device_mesh["data_parallel"])
+
     def configure_callbacks(self) -> list[Callback]:
         return [self.watch] if self.watch is not None else []
 
@@ -95,7 +103,8 @@ class MoEUpcycling(LightningModule):
         cross_entropy = F.cross_entropy(self(x_BS).flatten(0, 1).float(), y_BS.flatten())
         routings = [layer.routed for layer in self.net.moe_layers().values() if layer.routed is not None]
         zero = cross_entropy.new_zeros(())
-        balance = sum((load_balancing_loss(routing) for routing in routings), zero)
+        counts = _counts_of_all(routings)
+        balance = sum((load_balancing_loss(*each) for each in zip(routings, counts, strict=True)), zero)
         return Losses(cross_entropy, balance, sum((z_loss(routing.logits_SN) for routing in routings), zero))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -140,7 +149,7 @@ class MoEUpcycling(LightningModule):
     def _log_losses(self, split: str, batch: tuple[Tensor, Tensor]) -> Tensor:
         loss, count = self.step(batch).cross_entropy, batch[0].numel()
         bits = loss / math.log(2) / self.trainer.datamodule.bytes_per_token  # type: ignore[attr-defined]
-        self.log_dict({f"{split}/loss": loss, f"{split}/bpb": bits}, batch_size=count)
+        self.log_dict({f"{split}/loss": loss, f"{split}/bpb": bits}, batch_size=count, sync_dist=True)
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -172,6 +181,16 @@ def parameter_groups(net: nn.Module) -> list[dict[str, Any]]:
         "routers": {"weight_decay": 0.0},
     }
     return [{"params": params, "name": name, **decay[name]} for name, params in groups.items() if params]
+
+
+def _counts_of_all(routings: Sequence[Routing]) -> Sequence[Tensor | None]:
+    """For each layer, how many choices fell on each expert in the batches of all processes; None where there is one."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not several or not routings:
+        return [None] * len(routings)
+    counts_LN = torch.stack([expert_counts(r.experts_SK, r.probs_SN.shape[1]) for r in routings])
+    dist.all_reduce(counts_LN)
+    return list(counts_LN)
 
 
 def _trainable(named: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:

@@ -72,3 +72,17 @@ def token_cosine(epochs: float, floor: float = 0.0, warmup: float = 0.0, start: 
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup is a share of the training in [0, 1), got {warmup}")
     return cosine(epochs, floor, warmup * epochs, start)
+
+
+def linear_decay(epochs: float, constant: float = 0.5) -> Schedule:
+    """Return 1 for a share of the training, then a straight line to 0 at `epochs`.
+
+    Raises:
+        ValueError: epochs not above 0, or constant out of [0, 1).
+    Source: DeblurGAN's code (arXiv 1711.07064): constant for 150 epochs, then to 0 within another 150.
+    """
+    if epochs <= 0:
+        raise ValueError(f"epochs must be above 0, got {epochs}")
+    if not 0 <= constant < 1:
+        raise ValueError(f"constant is a share of the training in [0, 1), got {constant}")
+    return lambda epoch: min(1.0, max(0.0, (1 - epoch / epochs) / (1 - constant)))

@@ -143,6 +143,7 @@ def upcycle_continue(
     context: Annotated[int, typer.Option(min=2)] = 128,
     batch: Annotated[int, typer.Option(min=1)] = 2,
     every: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 5,
+    val_windows: Annotated[int, typer.Option(min=1, help="Sequences of the evaluation set.")] = 8,
     lr: Annotated[float, typer.Option(min=0.0)] = 2e-5,
     expansion: E = 4,
     granularity: G = 1,
@@ -159,7 +160,7 @@ def upcycle_continue(
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     setting = Setting(
-        *(steps, context, batch, every),
+        *(steps, context, batch, every, val_windows),
         lr=lr,
         expansion=expansion,
         granularity=granularity,

@@ -116,7 +116,7 @@ class MoE(nn.Module):
     """N experts behind a router.
 
     Parameters: router.weight (N, D), up and gate (N, F/G, D), down (N, D, F/G), shared.{up,gate,down}.weight,
-    output_scale (), output_norm.weight (D,); gates only for a gated activation, the last three only when asked for.
+    output_scale (1,), output_norm.weight (D,); gates only for a gated activation, the last three only when asked for.
 
     Attributes:
         routed: the Routing of the last forward, with its graph, for losses and monitors; None before. It is left out of
@@ -138,7 +138,7 @@ class MoE(nn.Module):
         if experts.shared:
             self.shared = MLP(width, experts.shared * narrow, activation)
         if experts.output == "learnable":
-            self.output_scale = nn.Parameter(torch.tensor(float(experts.output_value)))
+            self.output_scale = nn.Parameter(torch.tensor([float(experts.output_value)]))  # FSDP2 takes no scalar
         if experts.output == "layernorm":
             self.output_norm = nn.LayerNorm(width, bias=False)
             nn.init.constant_(self.output_norm.weight, experts.output_value)

@@ -133,19 +133,24 @@ def drop_over_capacity(routing: Routing, capacity: int) -> Routing:
     return routing._replace(weights_SK=routing.weights_SK.masked_fill(~kept_SK, 0.0), kept_SK=kept_SK)
 
 
-def load_balancing_loss(routing: Routing) -> Tensor:
+def load_balancing_loss(routing: Routing, counts_N: Tensor | None = None) -> Tensor:
     """Return N * sum of f_i * P_i, a scalar: f_i the share of choices that fell on expert i, P_i its mean probability.
 
     1 when choices are balanced and probabilities uniform; N if all probability and, at K = 1, every choice falls on one
     expert (N / K at K > 1). P is of the softmax over all experts for both orders; f has no gradient, and counts choices
     before any are dropped. Hugging Face's `load_balancing_loss_func` on one layer is K times this.
 
+    Args:
+        counts_N: choices that fell on each expert in the batches of all processes; None for this one's own. Given those, the
+            mean over processes with batches of one size is the loss of all batches as one, and so is its gradient.
     Source: Switch Transformers (arXiv 2101.03961), eq. 4-6; ST-MoE (arXiv 2202.08906), 2.2; for K > 1 divided by K as in
         Megatron-LM's switch_load_balancing_loss_func.
     """
     S, N = routing.probs_SN.shape
-    counts = expert_counts(routing.experts_SK, N)
-    share_N = counts.to(routing.probs_SN.dtype) / max(1, routing.experts_SK.numel())
+    if counts_N is None:
+        share_N = expert_counts(routing.experts_SK, N).to(routing.probs_SN.dtype) / max(1, routing.experts_SK.numel())
+    else:
+        share_N = counts_N.to(routing.probs_SN.dtype) / counts_N.sum().clamp_min(1)
     return N * share_N @ (routing.probs_SN.sum(0) / max(1, S))
 
 

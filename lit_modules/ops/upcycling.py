@@ -239,7 +239,7 @@ def _output_rules(block: str, target: Target, recipe: Recipe) -> list[Rule]:
         return torch.full(shape, fill, dtype=dtype, device=parent.device)
 
     if target.output == "learnable":
-        return [Rule(rf"{block}\.output_scale", "new", source, lambda _: (), lambda p, c: one(p, c, (), value))]
+        return [Rule(rf"{block}\.output_scale", "new", source, lambda _: (1,), lambda p, c: one(p, c, (1,), value))]
     if target.output == "layernorm":
         pattern = rf"{block}\.output_norm\.weight"
         return [

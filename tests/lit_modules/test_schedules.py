@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from lit_modules.schedules import cosine, exponential_decay, step_decay, token_cosine
+from lit_modules.schedules import cosine, exponential_decay, linear_decay, step_decay, token_cosine
 
 
 def test_step_decay_is_the_published_script_stepping_at_the_start_of_each_epoch() -> None:
@@ -91,3 +91,15 @@ def test_a_warm_up_is_a_share_below_one() -> None:
 def test_impossible_arguments_are_refused(wrong) -> None:
     with pytest.raises(ValueError, match=r"must"):
         wrong()
+
+
+def test_linear_decay_is_constant_and_then_a_line_to_zero() -> None:
+    law = linear_decay(300, 0.5)
+    assert [law(epoch) for epoch in (0, 149, 150)] == [1.0, 1.0, 1.0]
+    assert law(225) == pytest.approx(0.5)
+    assert law(300) == 0.0
+    assert law(301) == 0.0
+    with pytest.raises(ValueError, match="constant is a share"):
+        linear_decay(10, 1.0)
+    with pytest.raises(ValueError, match="epochs must be above 0"):
+        linear_decay(0)

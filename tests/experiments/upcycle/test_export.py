@@ -114,4 +114,4 @@ def test_names_go_there_and_back(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="router"):
         to_llama_names(["blocks.0.mlp.router.weight"])
     with pytest.raises(UserError, match="output_scale"):
-        dict(host_tensors("mixtral", "blocks.0.mlp.output_scale", torch.ones(())))
+        dict(host_tensors("mixtral", "blocks.0.mlp.output_scale", torch.ones(1)))

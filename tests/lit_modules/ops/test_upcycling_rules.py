@@ -51,7 +51,7 @@ def moe_shapes(target: Target, tied: bool = False) -> Shapes:
                 shapes[f"{block}.shared.{name}.weight"] = (D, part) if name == "down" else (part, D)
         shapes[f"{block}.router.weight"] = (N, D)
         if target.output == "learnable":
-            shapes[f"{block}.output_scale"] = ()
+            shapes[f"{block}.output_scale"] = (1,)
         if target.output == "layernorm":
             shapes[f"{block}.output_norm.weight"] = (D,)
     return shapes

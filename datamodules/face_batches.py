@@ -5,8 +5,9 @@ Legend: n faces, B batch (over all ranks), S side of a crop with its margins.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,20 +52,24 @@ class CropSet(Dataset[Crops]):
         key_B = key_of(self.seed, self.split, index_B | turn_B << 32)  # no face has an index beyond 32 bits
         crops_BSS3 = self.crops_NSS3[index_B.numpy()]
         if self.photo:
-            seeds = words(key_B, 1, Stream.GENERAL)[:, 0].tolist()
-            crops_BSS3 = np.stack([_other_photo(crop, seed) for crop, seed in zip(crops_BSS3, seeds, strict=True)])
+            seeds_B3 = words(key_B, 3, Stream.GENERAL).tolist()
+            crops_BSS3 = np.stack([_other_photo(crop, three) for crop, three in zip(crops_BSS3, seeds_B3, strict=True)])
         return Crops(torch.from_numpy(crops_BSS3).permute(0, 3, 1, 2).contiguous(), index_B, key_B, self.motion)
 
 
-def _other_photo(crop_SS3: np.ndarray, seed: int) -> np.ndarray:
-    """Albumentations keeps generators of its own, which repeat in every worker and epoch: they are seeded for each crop."""
+def _other_photo(crop_SS3: np.ndarray, seeds: list[int]) -> np.ndarray:
+    """Albumentations keeps generators of its own, which repeat in every worker and epoch: they are seeded for each crop, and
+    each transform's apart, since from one seed all would decide alike.
+    """
     pipeline = _photo()
-    pipeline.set_random_seed(seed)
+    for transform, seed in zip(pipeline.transforms, seeds, strict=True):
+        transform.set_random_seed(seed)
     return pipeline(image=crop_SS3)["image"]
 
 
 @cache
 def _photo() -> Any:
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or importing it would ask the network for newer versions
     import albumentations
 
     return albumentations.Compose(
@@ -130,7 +135,7 @@ class PairOrder(RankedBatches):
         return [(int(_permutation(self.n, self.seed, p // self.n)[p % self.n]), p // self.n) for p in places]
 
 
-@cache
+@lru_cache(maxsize=4)
 def _permutation(n: int, seed: int, number: int) -> np.ndarray:
     return np.random.default_rng([seed, number]).permutation(n)
 

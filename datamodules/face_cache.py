@@ -1,11 +1,13 @@
-"""Aligned or drawn faces, kept in one file each that is checked by hash: written whole or not at all."""
+"""Arrays that take long to make (aligned or drawn faces, what a detector finds), kept in files that are checked by hash:
+written whole or not at all.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,25 +19,31 @@ PARTS = ("crops", "points", "names", "people", "splits")
 Arrays = dict[str, np.ndarray]
 
 
-def kept(stem: str, key: str, make: Callable[[], tuple[Arrays, str]]) -> tuple[Arrays, str]:
+def kept(
+    stem: str,
+    key: str,
+    make: Callable[[], tuple[Arrays, str]],
+    parts: Sequence[str] = PARTS,
+    folder: str = "face_crops",
+) -> tuple[Arrays, str]:
     """Arrays and a note from their file, or made and written; a file that is not what was written is made again."""
-    file = sources.cache_root() / "face_crops" / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-    if (there := _read(file)) is not None:
+    file = sources.cache_root() / folder / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    if (there := _read(file, parts)) is not None:
         return there
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_suffix(".lock")):
-        if (there := _read(file)) is None:  # another process may have made it meanwhile
+        if (there := _read(file, parts)) is None:  # another process may have made it meanwhile
             there = make()
             _write(file, *there)
     return there
 
 
-def _read(file: Path) -> tuple[Arrays, str] | None:
+def _read(file: Path, parts: Sequence[str]) -> tuple[Arrays, str] | None:
     if not file.exists():
         return None
     try:
         with np.load(file, allow_pickle=False) as opened:
-            arrays, note, digest = {part: opened[part] for part in PARTS}, str(opened["note"]), str(opened["sha256"])
+            arrays, note, digest = {part: opened[part] for part in parts}, str(opened["note"]), str(opened["sha256"])
         if _digest(arrays, note) != digest:
             raise ValueError("its content does not have the sha256 it was written with")
     except Exception as error:
@@ -47,7 +55,7 @@ def _read(file: Path) -> tuple[Arrays, str] | None:
 
 def _digest(arrays: Arrays, note: str) -> str:
     whole = hashlib.sha256(note.encode())
-    for part in PARTS:
+    for part in sorted(arrays):
         whole.update(f"{part}{arrays[part].dtype.str}{arrays[part].shape}".encode() + arrays[part].tobytes())
     return whole.hexdigest()
 
@@ -57,7 +65,7 @@ def _write(file: Path, arrays: Arrays, note: str) -> None:
     try:
         with open(temporary, "wb") as opened:
             digest = np.array(_digest(arrays, note))
-            np.savez(opened, note=np.array(note), sha256=digest, **{part: arrays[part] for part in PARTS})  # type: ignore[arg-type]
+            np.savez(opened, note=np.array(note), sha256=digest, **arrays)  # type: ignore[arg-type]
             opened.flush()
             os.fsync(opened.fileno())
         os.replace(temporary, file)

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import memo
+from experiments.data_sets import content_sha256
 from experiments.records import CellKey
 from experiments.schema import ConfigError, hashed_keys, nearest, validate
 from experiments.sources_digest import ROOT, closure, digest
@@ -77,15 +78,6 @@ class Cell:
 
 
 def _data_sha256(name: str) -> str:
-    from datamodules import text
-    from datamodules.sources import DATASETS, data_sha256
-
-    if name in DATASETS:
-        return data_sha256(name)
-    if text.is_corpus(name):
-        return text.content_sha256(name)
-    from datamodules.catalogue import content_sha256  # generated data need torch, whose import takes seconds
-
     return content_sha256(name)
 
 
@@ -120,6 +112,11 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 def ablations(paper: str, conf: Path = CONF) -> list[str]:
     """Return the names of a paper's ablation files, sorted."""
     return sorted(file.stem for file in (conf / "ablation" / paper).glob("*.yaml"))
+
+
+def profiles(paper: str, conf: Path = CONF) -> list[str]:
+    """Return the names of the profiles that a paper has, sorted."""
+    return sorted(file.stem for file in (conf / "profile" / paper).glob("*.yaml"))
 
 
 def models(paper: str, conf: Path = CONF) -> list[str]:

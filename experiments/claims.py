@@ -151,6 +151,8 @@ class Figure:
         "advantage",
         "survival",
         "load",
+        "gallery",
+        "strength",
     ]
     title: str
     data: str = ""

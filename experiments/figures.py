@@ -23,6 +23,7 @@ from experiments.figure_style import (
     side_style,
 )
 from experiments.figures_convergence import curves, gains, rate
+from experiments.figures_deblur import gallery, strength
 from experiments.figures_experts import advantage, load, survival
 from experiments.records import Record
 from experiments.stats import t_estimate
@@ -62,10 +63,12 @@ def draw(
         "advantage": advantage,
         "survival": survival,
         "load": load,
+        "gallery": gallery,
+        "strength": strength,
     }
     estimates = {(row.ablation, row.data, row.metric): row for row in rows}
     with plt.rc_context({**STYLE, "svg.fonttype": "path" if text_as_paths else "none"}):
-        extra = records if figure.kind in ("difference", "gains", "advantage", "load") else verdicts
+        extra = records if figure.kind in ("difference", "gains", "advantage", "load", "gallery") else verdicts
         canvas = kinds[figure.kind](spec, figure, estimates, extra)
         if canvas is None:
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.cell import Cell, ablations, resolve
@@ -48,6 +48,7 @@ class Plan:
     rerun_stale: bool = False
     retry_failed: bool = True
     processes: int = 1  # that a cell takes
+    missing: tuple[str, ...] = ()  # data sets that are not here, without which nobody knows which runs are of them
 
     def of(self, *states: str) -> list[Node]:
         """Return the nodes in any of these states."""
@@ -151,19 +152,31 @@ def plan(spec: PaperSpec, selection: Selection, runs: Path, rerun_stale: bool = 
     Raises:
         ConfigError: any faulty configuration among them, before anything runs.
     """
-    index = Index.scan(runs)
+    index, missing = Index.scan(runs), set[str]()
     nodes = []
     for key in keys_for(spec, selection):
         cell = resolve(key, trainer=selection.trainer)
-        nodes.append(Node(cell, index.record(key, cell.signature)))
-    found = Plan(nodes, rerun_stale)
+        nodes.append(Node(cell, _record(index, cell, missing)))
+    found = Plan(nodes, rerun_stale, missing=tuple(sorted(missing)))
     waiting = {id(node) for node in (*found.to_run, *found.of("stale"))}
     if not waiting:
         return found
     trainer = nodes[0].cell.config["trainer"]
     pricer = Pricer(index, spec, processes_of(trainer))
     nodes = [_priced(node, pricer) if id(node) in waiting else node for node in nodes]
-    return Plan(nodes, rerun_stale, processes=pricer.processes)
+    return replace(found, nodes=nodes, processes=pricer.processes)
+
+
+def _record(index: Index, cell: Cell, missing: set[str]) -> Record:
+    """What is known of a cell on disk: nothing, while its data, whose content names its runs, is not here."""
+    from datamodules.sources import DataUnavailable
+
+    try:
+        if cell.key.data not in missing:
+            return index.record(cell.key, cell.signature)
+    except DataUnavailable:
+        missing.add(cell.key.data)
+    return Record(key=cell.key, signature="", state="not run", path=index.runs)
 
 
 def _priced(node: Node, pricer: Pricer) -> Node:

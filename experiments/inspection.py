@@ -287,7 +287,7 @@ def _everything(record: Record) -> dict[str, Any]:
 def show_data(console: Console, names: list[str] | None, check: bool) -> bool:
     """Fetch (unless `check`) and list the data sets, by default those of the small profiles. True if all are there."""
     from datamodules import sources
-    from datamodules.catalogue import card_of
+    from experiments.data_sets import card_of
 
     table = Table(box=None, header_style="bold")
     for column in ("data", "samples", "kind", "from", "licence", "sha256"):

@@ -16,6 +16,7 @@ from rich.markup import escape
 from experiments.cell import resolve
 from experiments.claims import PaperSpec
 from experiments.errors import UserError
+from experiments.data_sets import card_of, named_by_content
 from experiments.executors import Finished, Job, LocalPool, default_jobs
 from experiments.graph import Node, Plan, Selection, keys_for, plan
 from experiments.records import CellKey, Record
@@ -60,7 +61,7 @@ class Reproduction:
         """
         from experiments.summary import print_plan
 
-        self._fetch_texts()
+        self._fetch_unpinned()
         found = plan(self.spec, self.selection, self.places.runs, self.rerun_stale)
         jobs = self.jobs or default_jobs(found.nodes[0].cell.config["trainer"])
         if not found.to_run and not found.of("stale") and self._report_is_current(found):
@@ -247,18 +248,14 @@ class Reproduction:
             status = "FAILED" if group in failed else "KILLED" if unfinished else "FINISHED"
             tracking.summarise_parent(store, parent, {}, status)
 
-    def _fetch_texts(self) -> None:
-        """Have every text on disk: what is computed from it is named by its content, which nobody knows beforehand."""
-        from datamodules.text import is_corpus, text_card
-
+    def _fetch_unpinned(self) -> None:
+        """Have every text and all faces on disk: what is computed from them is named by what they turn out to hold."""
         for name in dict.fromkeys(key.data for key in keys_for(self.spec, self.selection)):
-            if is_corpus(name):
-                text_card(name)
+            if named_by_content(name):
+                card_of(name)
 
     def _fetch_data(self, found: Plan) -> None:
         """Have every data set on disk, checked, before processes fan out."""
-        from datamodules.catalogue import card_of
-
         for name in dict.fromkeys(node.cell.key.data for node in found.to_run):
             card = card_of(name)
             what = f"{card.n:,} samples, real" if card.real else "generated"

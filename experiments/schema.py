@@ -43,8 +43,8 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Data(Strict):
-    """Images to classify (`channels`, `image_size`, `classes`), a function to approximate (`dims`), or text to predict
-    (`context` tokens at once out of `vocab`).
+    """Images to classify (`channels`, `image_size`, `classes`) or to restore (without classes), a function to approximate
+    (`dims`), or text to predict (`context` tokens at once out of `vocab`).
     """
 
     name: str
@@ -56,12 +56,13 @@ class Data(Strict):
     vocab: Annotated[int, Field(ge=2)] | None = None
 
     @model_validator(mode="after")
-    def _one_of_three(self) -> Data:
-        kinds = {"image": ("channels", "image_size", "classes"), "function": ("dims",), "text": ("context", "vocab")}
-        given = {name for names in kinds.values() for name in names if getattr(self, name) is not None}
-        if given not in [set(names) for names in kinds.values()]:
+    def _one_kind(self) -> Data:
+        image, classes, function, text = {"channels", "image_size"}, {"classes"}, {"dims"}, {"context", "vocab"}
+        given = {name for name in image | classes | function | text if getattr(self, name) is not None}
+        if given not in [image | classes, image, function, text]:
             raise ValueError(
-                "images need channels, image_size and classes; a function needs dims alone; text needs context and vocab"
+                "images need channels and image_size, and classes where they are to be told apart; a function needs dims "
+                "alone; text needs context and vocab"
             )
         return self
 
@@ -132,9 +133,12 @@ class Executor(Strict):
 
 
 class Profile(Strict):
+    """How much is run. `sizes` are names for numbers that ablations refer to, such as a net's width at this scale."""
+
     name: Literal["smoke", "small", "gpu", "paper"]
     seeds: Positive
     budgets: dict[str, dict[str, Budget]]
+    sizes: dict[str, Positive] = {}
 
 
 EXECUTION_ONLY = Field(json_schema_extra={"execution_only": True})

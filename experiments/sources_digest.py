@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import TypeAlias
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLLOWED = ("lit_modules", "datamodules")  # what is computed; experiments/ only decides where and when
@@ -21,19 +22,26 @@ def closure(targets: Iterable[str], root: Path = ROOT) -> list[Path]:
         root: the folder that holds the packages.
     """
     asked = (tuple(targets), root)
-    if asked in _CLOSURES and _stamps(_CLOSURES[asked]) == _CLOSURES[asked]:
-        return [path for path in _CLOSURES[asked] if path.suffix == ".py"]
-    files = _walk(*asked)
-    _CLOSURES[asked] = _stamps([*files, *_folders(root)])
-    return files
+    known = _CLOSURES.get(asked)
+    if known is None or known != {path: _stamp(path) for path in known}:
+        files = _walk(*asked)
+        known = _CLOSURES[asked] = {path: _stamp(path) for path in (*files, *_folders(root))}
+    return [path for path in known if path.suffix == ".py"]
 
 
-# The answers of this process, with when each file was last changed, and each folder that a file could come to lie in.
-_CLOSURES: dict[tuple[tuple[str, ...], Path], dict[Path, int]] = {}
+Stamp: TypeAlias = tuple[int, int]
+
+# The answers of this process, with the stamp of each file, and of each folder that a file could come to lie in.
+_CLOSURES: dict[tuple[tuple[str, ...], Path], dict[Path, Stamp | None]] = {}
 
 
-def _stamps(paths: Iterable[Path]) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns if path.exists() else -1 for path in paths}
+def _stamp(path: Path) -> Stamp | None:
+    """When a path was last changed, in nanoseconds, and its size: clocks are coarser than two edits of a test."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 def _folders(root: Path) -> list[Path]:
@@ -50,7 +58,7 @@ def _walk(targets: Iterable[str], root: Path) -> list[Path]:
         if file in found:
             continue
         found.add(file)
-        for name in _imports(file, file.stat().st_mtime_ns):
+        for name in _imports(file, _stamp(file)):
             if name.split(".")[0] in FOLLOWED and (imported := _file_of(name, root)):
                 waiting.append(imported)
     return sorted(found)
@@ -58,14 +66,14 @@ def _walk(targets: Iterable[str], root: Path) -> list[Path]:
 
 def digest(files: Iterable[Path], root: Path = ROOT) -> str:
     """Return the sha256 over the code of `files`, each under its path relative to `root`."""
-    return _digest(tuple((file, file.stat().st_mtime_ns) for file in files), root)
+    return _digest(tuple((file, _stamp(file)) for file in files), root)
 
 
 @cache
-def _digest(files: tuple[tuple[Path, int], ...], root: Path) -> str:
+def _digest(files: tuple[tuple[Path, Stamp | None], ...], root: Path) -> str:
     whole = hashlib.sha256()
-    for file, mtime in files:
-        whole.update(f"{file.relative_to(root).as_posix()}\0{_code(file, mtime)}\0".encode())
+    for file, stamp in files:
+        whole.update(f"{file.relative_to(root).as_posix()}\0{_code(file, stamp)}\0".encode())
     return whole.hexdigest()
 
 
@@ -82,7 +90,7 @@ def _file_of(name: str, root: Path) -> Path | None:
 
 
 @cache
-def _imports(file: Path, _mtime: int) -> tuple[str, ...]:
+def _imports(file: Path, _stamp: Stamp | None) -> tuple[str, ...]:
     names: list[str] = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -95,7 +103,7 @@ def _imports(file: Path, _mtime: int) -> tuple[str, ...]:
 
 
 @cache
-def _code(file: Path, _mtime: int) -> str:
+def _code(file: Path, _stamp: Stamp | None) -> str:
     tree = ast.parse(file.read_text())
     for node in ast.walk(tree):
         body = getattr(node, "body", None)

@@ -38,16 +38,21 @@ def print_plan(console: Console, plan: Plan, jobs: int) -> None:
     table.add_column("ablation", no_wrap=True, min_width=max(len(ablation) for ablation, _ in groups))
     table.add_column("data", no_wrap=True, min_width=max(len(data) for _, data in groups))
     memory = any((node.memory or 0) >= LARGE for node in plan.nodes)
-    for name in (*shown, "params", "ops/sample", *(["GB/device"] if memory else []), "s/cell"):
+    for name in (*shown, "params", "GB" if memory else "ops/sample", "s/cell"):
         table.add_column(name, justify="right", no_wrap=True)
     for (ablation, data), nodes in groups.items():
         counts = [sum(node.record.state == state for node in nodes) for state in shown]
         priced = next((node for node in nodes if node.seconds is not None), None)
-        prices = _prices(priced, memory) if priced else [""] * (4 if memory else 3)
+        prices = _prices(priced, memory) if priced else ["", "", ""]
         table.add_row(escape(ablation), escape(data), *[str(count) if count else "·" for count in counts], *prices)
     console.print(table)
     total = {state: len(plan.of(state)) for state in STATES}
     console.print(", ".join(f"{count} {state}" for state, count in total.items() if count) or "no cells")
+    for name in plan.missing:
+        console.print(
+            f"{name} is not on this machine, so whether any of its runs are done is not known; `fivefold data {name}` fetches it.",
+            soft_wrap=True,
+        )
     for line in _language_model_costs(plan):
         console.print(line, soft_wrap=True, highlight=False)
     if plan.to_run:
@@ -63,10 +68,9 @@ def print_plan(console: Console, plan: Plan, jobs: int) -> None:
 
 
 def _prices(node: Node, memory: bool) -> list[str]:
-    if not memory or node.params is None or node.operations_per_sample is None:
-        return [f"{node.params:,}", f"{node.operations_per_sample:,}", f"{node.seconds:.0f}"]
+    """Parameters, operations or, of large nets, gigabytes on each device, and seconds."""
     gigabytes = f"{node.memory / 1e9:.3g}" if node.memory else ""
-    return [number(node.params), f"{node.operations_per_sample:.2e}", gigabytes, f"{node.seconds:.0f}"]
+    return [f"{node.params:,}", gigabytes if memory else f"{node.operations_per_sample:,}", f"{node.seconds:.0f}"]
 
 
 def _language_model_costs(plan: Plan) -> list[str]:
@@ -86,14 +90,17 @@ def _language_model_costs(plan: Plan) -> list[str]:
     lines = [
         f"Largest: {largest.cell.key.ablation}, {number(cost.params)} parameters, of which a token meets "
         f"{number(cost.active or 0)}; {number(cost.training_flops // cost.tokens)} FLOPs per training token of "
-        f"{cost.tokens} in a row; {(largest.memory or 0) / 1e9:.3g} GB on each of {devices} device(s), {at_once} sequences at "
-        f"once over all, beside workspace and what the block being computed takes.",
+        f"{cost.tokens} in a row; {(largest.memory or 0) / 1e9:.3g} GB (GB above) on each of {devices} device(s) with {at_once} "
+        f"sequences at once over all, workspace and the block being gathered not counted.",
         f"To train on: {number(tokens)} tokens in {number(flops)} FLOPs.",
     ]
+    if trainer["strategy"] == "fsdp":
+        counts = [n for n in (2, 4, 8, 16, 32, 64) if at_once % n == 0]
+        shares = ", ".join(f"{cost.memory(budget, 'fsdp', n) / 1e9:.3g}" for n in counts)  # type: ignore[operator]
+        lines.append(f"Divided among {', '.join(map(str, counts))} devices that is {shares} GB on each.")
     if trainer["accelerator"] != "cpu":
         lines.append(
-            f"Times are a guess where no run has been timed: {Pricer.GPU_FLOPS_PER_S:.1e} FLOP/s on each of {devices} GPU(s), "
-            "one cell at a time; each more GPU of this machine divides them."
+            f"Times are a guess where no run has been timed: {Pricer.GPU_FLOPS_PER_S:.1e} FLOP/s on each of {devices} GPU(s)."
         )
     return lines
 

@@ -19,7 +19,7 @@ from datamodules.blur_kernels import kernel_extent
 from datamodules.blur_motion import FACE_WIDTH
 from lit_modules.face_judge import FaceJudge
 from lit_modules.nets.perceptual import perceptual
-from lit_modules.ops.detection import FaceScores, indicators, join_scores, recovery
+from lit_modules.ops.detection import Faces, FaceScores, indicators, join_scores, recovery, score_faces
 from lit_modules.ops.image_quality import psnr, ssim
 
 VERSIONS = ("blurred", "restored")
@@ -82,8 +82,12 @@ class DeblurReport:
             columns["psnr/unblurred"] = psnr(self._timed(restore, pairs.sharp), pairs.sharp)
             self._keep(pairs, restored_BCHW)
         if self.judge is not None:
-            for version, x_BCHW in {"sharp": pairs.sharp, **images}.items():
-                scores = self.judge.score(x_BCHW, pairs.sharp)
+            sharp, blurred = self.judge.detect_kept(pairs.sharp), self.judge.detect_kept(pairs.blurred)
+            found = {"sharp": sharp, "blurred": blurred, "restored": self.judge.detect(restored_BCHW)}
+            if number == 0:
+                self._keep_faces(found)
+            for version, faces in found.items():
+                scores = score_faces(faces, sharp)
                 self.scores[name].setdefault(version, []).append(scores)
                 columns[f"prob/{version}"], columns[f"iou/{version}"] = 100 * scores.prob_B, 100 * scores.iou_B
         for at, index in enumerate(pairs.index.tolist()):
@@ -121,7 +125,9 @@ class DeblurReport:
             if means:
                 found[f"{name}/{measure}/gain"] = means["restored"] - means["blurred"]
         if scores:
-            found |= _judged(name, {version: FaceScores(*(c[chosen_B] for c in table)) for version, table in scores.items()})
+            found |= _judged(
+                name, {version: FaceScores(*(c[chosen_B] for c in table)) for version, table in scores.items()}
+            )
         return found
 
     def _by_strength(self) -> dict[str, float]:
@@ -160,6 +166,19 @@ class DeblurReport:
             self.kept.setdefault(name, []).append(bytes_BHWC)
         self.kept.setdefault("kernels", []).append(pairs.kernels[:room].float().cpu().numpy())
         self.kept.setdefault("index", []).append(pairs.index[:room].cpu().numpy())
+
+    def _keep_faces(self, found: Mapping[str, Sequence[Faces]]) -> None:
+        """The most probable face of each kept image, (probability, box, points); NaN where there is none."""
+        for version, faces in found.items():
+            room = self.pictures - sum(len(part) for part in self.kept.get(f"faces/{version}", []))
+            rows = [
+                torch.cat([f.probs_F[:1], f.boxes_F4[0], f.points_F52[0].flatten()])
+                if len(f)
+                else torch.full((15,), torch.nan)
+                for f in faces[:room]
+            ]
+            if rows:
+                self.kept.setdefault(f"faces/{version}", []).append(torch.stack(rows).numpy())
 
     def _write(self, folder: Path) -> None:
         names = list(dict.fromkeys(name for row in self.rows for name in row))

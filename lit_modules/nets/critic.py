@@ -29,7 +29,7 @@ class PatchCritic(nn.Module):
         width: channels of the first layer.
         layers: those of stride 2; 3 sees 70 pixels, 5 (DeblurGAN-v2's critic of whole images) sees 286.
         norm: "instance", "layer" (over channels and pixels of each image), "batch" or "none"; not after the first layer,
-            nor on scores. None has weights but batch norm, which check_penalty refuses.
+            nor on scores. Only batch norm has weights of its own, and check_penalty refuses it.
         conditional: whether the critic sees the blurred image beside the restored or sharp one. The published one does not,
             although it is called conditional.
         channels: of the images.

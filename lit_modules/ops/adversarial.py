@@ -115,12 +115,13 @@ def gradient_penalty(
         real_BCHW, fake_BCHW: equally many; no gradient goes back to them.
         generator: draws a, where alpha_B is not given; None for the global one.
         alpha_B: a itself.
-        image_scale: what one unit of these images is in the units of a paper: 2 where the paper has [-1, 1] and images
-            here are in [0, 1], so that the gradient is half as long.
+        image_scale: by which the gradient's norm is divided: 2 penalises images in [0, 1] as if they lay in a paper's
+            [-1, 1], where the same change of score is spread over twice the distance.
     Raises:
         ValueError: images of different shapes, alpha of another length, or scores that do not begin with B.
     Source: WGAN-GP (arXiv 1704.00028), eq. 3. DeblurGAN's public code draws one a per batch, sums scores and takes the
-        norm over C only, at every pixel.
+        norm over C only, at every pixel. Asking norm 1 of the sum of P scores over C, H and W would leave their mean, which
+        the generator follows, a norm of 1 / P.
     """
     if real_BCHW.shape != fake_BCHW.shape:
         raise ValueError(f"real and fake images must match, got {tuple(real_BCHW.shape)} and {tuple(fake_BCHW.shape)}")

@@ -25,7 +25,7 @@ def reflect_to_multiple(x_BCHW: Tensor, multiple: int, least: int = 1) -> Tensor
     """
     H, W = x_BCHW.shape[-2:]
     rows, columns = padded_size(H, multiple, least), padded_size(W, multiple, least)
-    if not torch.compiler.is_compiling() and (rows, columns) == (H, W):
+    if not torch.compiler.is_exporting() and (rows, columns) == (H, W):
         return x_BCHW
     return x_BCHW.index_select(-2, _mirror(H, rows, x_BCHW)).index_select(-1, _mirror(W, columns, x_BCHW))
 
@@ -35,7 +35,7 @@ def cut_back(x_BCHW: Tensor, H: int, W: int) -> Tensor:
 
     A slice would do, but torch.export then asks whether it is contiguous and lets only such sizes through.
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_exporting():
         return x_BCHW[..., :H, :W]
     rows, columns = (torch.arange(n, device=x_BCHW.device) for n in (H, W))
     return x_BCHW.index_select(-2, rows).index_select(-1, columns)

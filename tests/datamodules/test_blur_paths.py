@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from datamodules.blur_motion import Motion, draw
-from datamodules.blur_paths import GRID, LENGTH, SAMPLES, exposed, trajectories
-from datamodules.counter_random import Stream, key_of, words
+from datamodules.blur_paths import GRID, LENGTH, SAMPLES, _shaken, exposed, trajectories
+from datamodules.counter_random import Stream, key_of, normal_pairs, unit_vector, words
 
 AS_PUBLISHED = Motion(parametrise="length", samples=SAMPLES)  # at a side of 256 px, L = 60 px
 # The dossier's table at L = 60, M = 2000, of 400 trajectories each: mean of the larger side of the box / L, by anxiety.
@@ -74,14 +74,50 @@ def test_the_reference_jumps() -> None:
     assert (np.abs(turns) > 2.5).sum() > 12
 
 
-@pytest.mark.parametrize("samples", [500, 2000])
-def test_spread_of_paths_is_that_of_the_pilot_whatever_the_number_of_samples(samples: int) -> None:
+@pytest.mark.parametrize(("samples", "anxieties"), [(500, tuple(PILOT)), (2000, (0.001, 0.01))])
+def test_spread_of_paths_is_the_pilots_whatever_the_number_of_samples(samples: int, anxieties) -> None:
     """Within four standard errors of the difference of two means of 400, and the table's rounding."""
-    for anxiety, mean in PILOT.items():
+    for anxiety in anxieties:
         motion = replace(AS_PUBLISHED, anxiety=(anxiety,), samples=samples)
         box_B = _box(trajectories(motion, _keys(400), 256)) / LENGTH
         error = float(box_B.std()) * math.sqrt(2 / 400)
-        assert abs(float(box_B.mean()) - mean) < 4 * error + 0.005, anxiety
+        assert abs(float(box_B.mean()) - PILOT[anxiety]) < 4 * error + 0.005, anxiety
+
+
+@pytest.mark.parametrize("samples", [500, 2000])
+def test_a_path_jumps_as_often_whatever_the_number_of_samples(samples: int) -> None:
+    """On average a p 2000 times, p uniform up to 0.2. A jump turns by at least 2.24 rad; shakes of this strength by less."""
+    motion = replace(AS_PUBLISHED, anxiety=(0.01,), samples=samples, gaussian=(0, 3))
+    steps = torch.view_as_complex(trajectories(motion, _keys(500), 256).diff(dim=1).contiguous()).numpy()
+    turns = np.abs(np.angle(steps[:, 1:] / steps[:, :-1]))
+    expected = 500 * 0.01 * 0.1 * 2000
+    assert abs((turns > 1.7).sum() - expected) < 4 * math.sqrt(expected * (1 + 2 / 3))  # the variance of p adds 2 / 3
+
+
+def test_steps_have_the_bits_of_ieee_arithmetic() -> None:
+    """So no library root or product with another rounding took part."""
+    M, keys_B = 60, _keys(7)
+    motion = Motion(anxiety=(0.05,), samples=M)
+    drawn = draw(motion, keys_B, 64)
+    words_BM4 = words(keys_B, 4 * (M - 1), Stream.SHAKE).view(7, M - 1, 4)
+    step, coarser = 60.0 / (M - 1), 2000 / M
+    shaken = _shaken(drawn, keys_B, M)
+    for b in range(7):
+        a, c, g, p = (float(values[b]) for values in (drawn.anxiety, drawn.inertia, drawn.gaussian, drawn.impulse))
+        noise = (normal_pairs(words_BM4[b, :, 2], words_BM4[b, :, 3]) * (a * g * math.sqrt(coarser))).tolist()
+        v = [part * (a * (1 / step)) for part in unit_vector(drawn.turn[b]).tolist()]
+        x, pull = [0.0, 0.0], a * c * (coarser * step)
+        for t in range(M - 1):
+            if int(words_BM4[b, t, 0]) * 2.0**-32 < a * p * coarser:
+                turn = words_BM4[b, t, 1].double() * (2.0**-32 / math.tau) + (0.5 - 0.5 / math.tau)
+                real, imaginary = (unit_vector(turn) * 2.0).tolist()
+                real += 1.0
+                v = [v[0] * real - v[1] * imaginary, v[0] * imaginary + v[1] * real]
+            w = [v[i] + noise[t][i] - x[i] * pull for i in (0, 1)]
+            speed = math.sqrt(w[0] * w[0] + w[1] * w[1])
+            v = [w[0] / speed, w[1] / speed]
+            x = [x[0] + v[0], x[1] + v[1]]
+            assert shaken[b, t + 1].tolist() == [x[0] * step, x[1] * step]
 
 
 def test_every_step_has_the_same_length() -> None:
@@ -131,7 +167,7 @@ def test_a_path_has_the_same_bits_in_any_batch(motion: Motion, order: list[int],
 
 def test_jumps_of_others_change_no_bit() -> None:
     motion = Motion(anxiety=(0.0, 0.1), samples=300)
-    keys_B = _keys(64)
+    keys_B = _keys(24)
     alone = torch.cat([trajectories(motion, key[None], 64) for key in keys_B])
     assert torch.equal(trajectories(motion, keys_B, 64), alone)
 

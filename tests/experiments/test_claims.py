@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments.cell import ablations, resolve
+from experiments.cell import ablations, profiles, resolve
 from experiments.claims import KNOWN_PAPERS, PAPERS, PROFILES, ClaimError, PaperSpec, available_papers, load_paper
 from experiments.records import CellKey
 from lit_modules.ops.noise import NOISE_SUITE
@@ -98,7 +98,7 @@ def test_every_cell_that_a_paper_needs_exists(key: str) -> None:
     spec = load_paper(key)
     assert KNOWN_PAPERS[spec.number] == key
     known = set(ablations(key))
-    for profile in PROFILES:
+    for profile in profiles(key):
         for ablation, data in spec.in_profile(profile).required(profile):
             assert ablation in known
             resolve(CellKey(key, ablation, data, 0, profile))

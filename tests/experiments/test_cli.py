@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import factory
@@ -11,6 +13,8 @@ from rich.console import Console
 
 from experiments import cli
 from experiments.cell import CONF
+from experiments.claims import load_paper
+from experiments.graph import plan
 from experiments.summary import from_shell, print_verdicts
 
 
@@ -41,6 +45,10 @@ def fivefold(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("explain A1.mnits", "there is no claim 'A1.mnits' (nearest valid: 'A1.mnist')"),
         ("plan 3 --trainer gpus", "unknown trainer 'gpus' (nearest valid: 'gpu')"),
         ("reproduce 3 --trainer tpu", "unknown trainer 'tpu'"),
+        ("plan 1 --model nemotron_15", "unknown model 'nemotron_15' (nearest valid: 'nemotron_15b')"),
+        ("reproduce 1 --model GPT-2B", "unknown model 'GPT-2B' (nearest valid: 'gpt_2b')"),
+        ("plan 3 --model nano", "tropical_cnn has no other models to choose from"),
+        ("plan 3 --profile gpu", "unknown profile 'gpu'"),
         ("plan tropical_cn", "there is no paper 'tropical_cn' (nearest valid: 'tropical_cnn')"),
         ("plan 3 --only net00", "unknown ablation 'net00' (nearest valid: 'net0"),
         ("plan 3 --only [/x]", "unknown ablation '[/x]'"),
@@ -111,10 +119,30 @@ def test_explain_shows_what_stands_in_square_brackets(fivefold) -> None:
 
 
 @pytest.mark.parametrize("trainer", sorted(file.stem for file in (CONF / "trainer").glob("*.yaml")))
-def test_every_trainer_can_be_chosen_and_names_the_same_cells(fivefold, trainer: str) -> None:
-    assert cli._selection("small", None, trainer=trainer).trainer == trainer
-    arguments = ("plan", "3", "--profile", "smoke", "--only", "net0", "--data", "mnist")
-    assert fivefold(*arguments, "--trainer", trainer) == fivefold(*arguments)
+def test_every_trainer_can_be_chosen_and_names_the_same_cells(home: Path, trainer: str) -> None:
+    selection = cli._selection("smoke", 1, only=["scratch_10"], data=["python_stdlib"], trainer=trainer)
+    assert selection.trainer == trainer
+    found = [plan(load_paper("moe_upcycling"), s, home) for s in (selection, replace(selection, trainer="cpu"))]
+    signatures = [[node.cell.signature for node in each.nodes] for each in found]
+    assert signatures[0] == signatures[1]
+    assert found[0].nodes[0].cell.config["trainer"]["accelerator"] == ("cpu" if trainer == "cpu" else "gpu")
+
+
+def test_a_model_is_planned_without_its_weights_and_before_its_data_are_here(
+    fivefold, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    monkeypatch.setenv("DATA_ROOT", str(home / "empty"))
+    monkeypatch.setenv("FIVEFOLD_DATA_SOURCES", "local")
+    asked = ("plan", "1", "--profile", "paper", "--model", "nemotron_15b", "--only", "e8g8t8_10", "--seed", "0")
+    code, said = fivefold(*asked, "--trainer", "fsdp")  # 333 GB of weights, had they been made
+    assert code == 0
+    assert "wikitext is not on this machine" in said
+    assert re.search(r"dense +wikitext +1 +15,628,", said)
+    assert re.search(r"e8g8t8_10 +wikitext +1 +83,287,", said)
+    assert "83.3 billion parameters, of which a token meets 15.6 billion" in said
+    assert "94.1 billion FLOPs per training token of 4096" in said
+    assert re.search(r"Divided among 2, 4, 8 devices that is [\d.e+]+, [\d.e+]+, [\d.e+]+ GB on each", said)
+    assert re.search(r"about [\d:]+ \(h:mm:ss", said)
 
 
 def test_verdicts_are_shown_to_the_letter(tmp_path: Path) -> None:

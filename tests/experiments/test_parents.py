@@ -151,7 +151,7 @@ def test_parents_come_before_their_children_seed_by_seed(tmp_path: Path, monkeyp
     assert [k.ablation for k in keys_for(SPEC, Selection("smoke", only=("dense",)))] == ["dense"]
 
 
-@pytest.mark.parametrize("profile", ["smoke", "small", "paper"])
+@pytest.mark.parametrize("profile", ["smoke", "small", "gpu", "paper"])
 def test_every_cell_of_a_profile_comes_after_its_parent(profile: str) -> None:
     spec = SPEC.in_profile(profile)
     order = [(key.ablation, key.data) for key in keys_for(spec, Selection(profile, seed=(0,)))]

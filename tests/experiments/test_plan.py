@@ -10,7 +10,7 @@ import pytest
 
 from datamodules.images import IMAGE_SETS
 from datamodules.sources import DATASETS, DataUnavailable, load_images
-from experiments import graph
+from experiments import graph, prices
 from experiments.cell import CONF, resolve
 from experiments.claims import load_paper
 from experiments.graph import Selection, plan
@@ -78,8 +78,8 @@ def test_a_correct_cell_is_priced(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_parts_are_built_once_for_all_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
-    checked = graph._dry_build
-    monkeypatch.setattr(graph, "_dry_build", lambda config: built.append(config["seed"]) or checked(config))
+    checked = prices._dry_build
+    monkeypatch.setattr(prices, "_dry_build", lambda config: built.append(config["seed"]) or checked(config))
     _planned(tmp_path, monkeypatch, "")
     assert built == [0]
 

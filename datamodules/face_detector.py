@@ -7,6 +7,8 @@ left and right corner of the mouth, left and right as one looks at the picture.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -48,13 +50,25 @@ def detect_faces(images_BCHW: Tensor, min_face: float = MIN_FACE, chunk: int = 6
         )
     nets = _nets(images_BHWC.device)
     found: list[Faces] = []
-    with (
-        torch.autocast(images_BHWC.device.type, enabled=False),
-        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-    ):
+    with _full_precision(images_BHWC.device.type):
         for start in range(0, len(images_BHWC), chunk):
             found += _detect(images_BHWC[start : start + chunk], nets, min_face)
     return found
+
+
+@contextmanager
+def _full_precision(device: str) -> Iterator[None]:
+    """Neither autocast nor TF32 nor a choice of algorithm by timing."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with (
+            torch.autocast(device, enabled=False),
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def as_bytes(images_BCHW: Tensor) -> Tensor:
@@ -80,7 +94,8 @@ def _nets(device: torch.device) -> Any:
     """The three nets, whose weights come inside the package. Not a module of the caller's: they enter no checkpoint."""
     from facenet_pytorch import MTCNN
 
-    return MTCNN(keep_all=True, device=device).eval()
+    with torch.inference_mode(False):  # or the nets could be used in that mode alone ever after
+        return MTCNN(keep_all=True, device=device).eval()
 
 
 def _detect(images_BHWC: Tensor, nets: Any, min_face: float) -> list[Faces]:

@@ -20,7 +20,7 @@ def manifest() -> dict[str, Any]:
     """Return what is true of this machine and checkout now; see the keys."""
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")),  # written by runs
         "lock_sha256": lock_digest(),
         "python": platform.python_version(),
         "versions": versions(),

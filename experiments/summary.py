@@ -50,7 +50,7 @@ def print_plan(console: Console, plan: Plan, jobs: int) -> None:
     console.print(", ".join(f"{count} {state}" for state, count in total.items() if count) or "no cells")
     for name in plan.missing:
         console.print(
-            f"{name} is not on this machine, so whether any of its runs are done is not known; `fivefold data {name}` fetches it.",
+            f"{name} is not on this machine, so which of its runs are done is not known; `fivefold data {name}` fetches it.",
             soft_wrap=True,
         )
     for line in _language_model_costs(plan):
@@ -90,8 +90,8 @@ def _language_model_costs(plan: Plan) -> list[str]:
     lines = [
         f"Largest: {largest.cell.key.ablation}, {number(cost.params)} parameters, of which a token meets "
         f"{number(cost.active or 0)}; {number(cost.training_flops // cost.tokens)} FLOPs per training token of "
-        f"{cost.tokens} in a row; {(largest.memory or 0) / 1e9:.3g} GB (GB above) on each of {devices} device(s) with {at_once} "
-        f"sequences at once over all, workspace and the block being gathered not counted.",
+        f"{cost.tokens} in a row; {(largest.memory or 0) / 1e9:.3g} GB (GB above) on each of {devices} device(s) with "
+        f"{at_once} sequences at once over all, workspace and the block being gathered not counted.",
         f"To train on: {number(tokens)} tokens in {number(flops)} FLOPs.",
     ]
     if trainer["strategy"] == "fsdp":

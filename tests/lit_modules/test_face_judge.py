@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -64,6 +66,45 @@ def test_the_same_images_give_the_same_bits_twice_also_under_autocast(
     with torch.autocast("cpu", torch.bfloat16):
         second = judge.detect(faces_BCHW[:4])
     assert all(torch.equal(a.boxes_F4, b.boxes_F4) for a, b in zip(first, second, strict=True))
+
+
+def test_nets_first_used_in_inference_mode_serve_outside_it(faces_BCHW: torch.Tensor) -> None:
+    face_detector._nets.cache_clear()
+    with torch.inference_mode():
+        inside = detect_faces(faces_BCHW[:1])
+    outside = detect_faces(faces_BCHW[:1])
+    assert torch.equal(inside[0].boxes_F4, outside[0].boxes_F4)
+    assert not any(weight.is_inference() for weight in face_detector._nets(torch.device("cpu")).parameters())
+
+
+def test_the_callers_precision_is_given_back(faces_BCHW: torch.Tensor) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        detect_faces(faces_BCHW[:1])
+        assert torch.get_float32_matmul_precision() == "medium"
+        with pytest.raises(ValueError, match="got shape"):
+            detect_faces(faces_BCHW[0])
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_what_every_run_looks_at_is_kept_in_a_file(
+    faces_BCHW: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path))
+    mixed = torch.stack([torch.zeros(3, SIZE, SIZE), faces_BCHW[0], faces_BCHW[1]])
+    found, first = FaceJudge().detect(mixed), FaceJudge().detect_kept(mixed)
+    assert [file.suffix for file in sorted((tmp_path / "detections").iterdir())] == [".lock", ".npz"]
+    monkeypatch.setattr("lit_modules.face_judge.detect_faces", None)
+    again = FaceJudge().detect_kept(mixed)
+    for faces, others, same in zip(found, first, again, strict=True):
+        assert len(faces) == len(others) == len(same)
+        assert torch.equal(faces.boxes_F4, others.boxes_F4)
+        assert torch.equal(faces.points_F52, same.points_F52)
+        assert torch.equal(faces.probs_F, same.probs_F)
+    assert FaceJudge().detect_kept(mixed[:0]) == []
 
 
 def test_no_face_is_an_empty_answer_not_an_error(judge: FaceJudge) -> None:

@@ -1,6 +1,7 @@
 """What a deblurring method does to test faces, image by image: closeness to the sharp image, and what MTCNN finds.
 
-Legend: B images, C channels, H height, W width. Percent and dB throughout; a mean over nothing is left out.
+Legend: B images, C channels, H height, W width. Percent and dB throughout. A mean over nothing is left out, and so are
+images from means of PSNR where one version equals the sharp image.
 """
 
 from __future__ import annotations
@@ -119,8 +120,9 @@ class DeblurReport:
         measures = ["psnr", "ssim"] + ([self.features.name] if self.features is not None else [])
         picked = [row for row, choose in zip(rows, chosen_B.tolist(), strict=True) if choose]
         for measure in measures:
-            values = {version: [row[f"{measure}/{version}"] for row in picked] for version in VERSIONS}
-            means = {version: float(np.mean(column)) for version, column in values.items() if column}
+            values = np.array([[row[f"{measure}/{version}"] for version in VERSIONS] for row in picked]).reshape(-1, 2)
+            values = values[np.isfinite(values).all(1)]  # an image that equals the sharp one has no finite PSNR
+            means = dict(zip(VERSIONS, values.mean(0).tolist(), strict=True)) if len(values) else {}
             found |= {f"{name}/{measure}/{version}": mean for version, mean in means.items()}
             if means:
                 found[f"{name}/{measure}/gain"] = means["restored"] - means["blurred"]

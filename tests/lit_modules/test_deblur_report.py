@@ -1,0 +1,117 @@
+"""What is reported of restored faces is what the definitions say, image by image and in the mean."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules.blur_convolve import convolve
+from datamodules.face_deblur import FaceDeblurData, Pairs
+from lit_modules.deblur_classical import KnownKernel, deconvolve
+from lit_modules.deblur_report import DeblurReport
+from lit_modules.ops.image_quality import psnr, ssim
+
+
+def _pairs(count: int = 6, side: int = 32, seed: int = 0) -> Pairs:
+    generator = torch.Generator().manual_seed(seed)
+    sharp = torch.nn.functional.avg_pool2d(torch.rand(count, 3, side + 4, side + 4, generator=generator), 5, stride=1)
+    lengths = [1, 3, 5, 7, 9, 11]
+    kernels = torch.zeros(count, 15, 15)
+    for kernel, length in zip(kernels, lengths, strict=False):
+        kernel[7, 7 - length // 2 : 8 + length // 2] = 1 / length
+    return Pairs(convolve(sharp, kernels), sharp, torch.arange(count), kernels)
+
+
+def _filled(report: DeblurReport, pairs: Pairs, restored: torch.Tensor, folder: Path) -> dict[str, float]:
+    report.start(["first", "second"])
+    report.add(0, pairs, restored, lambda x: x)
+    report.add(1, pairs, pairs.blurred, lambda x: x)
+    return report.finish(folder)
+
+
+def test_means_and_gains_are_those_of_the_images(tmp_path: Path) -> None:
+    pairs = _pairs()
+    restored = (pairs.blurred + pairs.sharp) / 2
+    found = _filled(DeblurReport(judge=False), pairs, restored, tmp_path)
+    finite = slice(1, None)  # the first kernel is one pixel: nothing is blurred, and the PSNR is infinite
+    expected = psnr(restored, pairs.sharp)[finite].mean() - psnr(pairs.blurred, pairs.sharp)[finite].mean()
+    assert expected > 3
+    assert found["first/psnr/gain"] == pytest.approx(float(expected), rel=1e-5)
+    assert found["first/ssim/restored"] == pytest.approx(100 * float(ssim(restored, pairs.sharp).mean()), rel=1e-5)
+    assert found["second/ssim/gain"] == 0
+    with open(tmp_path / "images.csv") as handle:
+        rows = list(csv.DictReader(handle))
+    assert [(row["set"], int(row["index"])) for row in rows] == [(s, i) for s in ("first", "second") for i in range(6)]
+    assert float(rows[3]["psnr/restored"]) == pytest.approx(float(psnr(restored, pairs.sharp)[3]), rel=1e-4)
+    assert rows[0]["psnr/blurred"] == "inf"
+
+
+def test_images_fall_into_bins_by_the_measured_extent_of_their_kernels(tmp_path: Path) -> None:
+    pairs = _pairs()  # extents of 1 to 11 pixels; a face is 0.48 * 32 = 15.4 pixels wide
+    found = _filled(DeblurReport(judge=False), pairs, pairs.sharp, tmp_path)
+    counts = {
+        name.split("/")[1]: value
+        for name, value in found.items()
+        if name.startswith("strength/") and name.endswith("/n")
+    }
+    assert sum(counts.values()) == 4.0  # 1 px and, at 0.195 widths, 3 px: the first is below every bin
+    assert counts["0.45"] == 3.0
+    assert counts["0.25"] == 1.0
+
+
+def test_pictures_are_the_first_images_of_the_first_set(tmp_path: Path) -> None:
+    pairs = _pairs()
+    _filled(DeblurReport(judge=False, pictures=2), pairs, pairs.sharp, tmp_path)
+    with np.load(tmp_path / "pictures.npz") as opened:
+        assert opened["sharp"].shape == (2, 32, 32, 3)
+        assert opened["sharp"].dtype == np.uint8
+        assert np.array_equal(opened["sharp"], opened["restored"])
+        assert not np.array_equal(opened["sharp"][1], opened["blurred"][1])
+        assert opened["index"].tolist() == [0, 1]
+
+
+def test_a_judged_report_has_every_version_and_its_recovery(tmp_path: Path) -> None:
+    data = FaceDeblurData("procedural_faces", 4, 0, size=64, train_faces=4, val_samples=4, test_samples=4)
+    data.setup()
+    report = DeblurReport(judge=True)
+    report.start(data.test_names)
+    for number, loader in enumerate(data.test_dataloader()):
+        for crops in loader:
+            pairs = data.pairs(crops)
+            report.add(number, pairs, pairs.sharp, lambda x: x)
+    found = report.finish(tmp_path)
+    assert found["near_linear/n/sharp"] == 4  # procedural faces are found
+    for indicator in ("detected_0.7", "detected_0.99", "prob", "iou"):
+        sharp, restored = (found[f"near_linear/{indicator}/{v}"] for v in ("sharp", "restored"))
+        assert restored == pytest.approx(sharp)  # nothing was lost, since the sharp images themselves were handed in
+        if found[f"near_linear/{indicator}/blurred"] < sharp:
+            assert found[f"near_linear/{indicator}/recovery"] == pytest.approx(100)
+    assert found["near_linear/iou/blurred"] < 100
+    assert found["near_linear/landmark_error/restored"] == pytest.approx(0, abs=1e-4)
+    with np.load(tmp_path / "pictures.npz") as opened:
+        assert opened["faces/sharp"].shape == (4, 15)
+
+
+@pytest.mark.parametrize(("method", "strength"), [("wiener", 0.0003), ("richardson_lucy", 20)])
+def test_the_true_kernel_takes_most_of_the_blur_away(method: str, strength: float) -> None:
+    pairs = _pairs()
+    restored = deconvolve(pairs.blurred, pairs.kernels, method, strength)
+    gain = psnr(restored, pairs.sharp)[3:] - psnr(pairs.blurred, pairs.sharp)[3:]
+    assert (gain > 2).all(), gain
+    assert restored.shape == pairs.sharp.shape
+
+
+def test_the_strength_is_the_best_of_those_on_validation() -> None:
+    pairs = _pairs()
+    module = KnownKernel(torch.nn.Identity(), DeblurReport(judge=False), "wiener")
+    batches = SimpleNamespace(val_dataloader=lambda: [pairs], on_after_batch_transfer=lambda batch, _: batch)
+    module._trainer = SimpleNamespace(datamodule=batches)  # type: ignore[assignment]
+    module.on_test_start()
+    assert module.strength == 0.0003  # there is no noise, so the least smoothing is best
+    with pytest.raises(ValueError, match="unknown method 'inverse'; known: wiener, richardson_lucy"):
+        KnownKernel(torch.nn.Identity(), DeblurReport(judge=False), "inverse")

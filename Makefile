@@ -34,7 +34,7 @@ help: ## Say what each target does
 	@echo "  SEEDS=n                     seeds per cell instead of the profile's"
 	@echo "  JOBS=n                      cells at once, one thread each (default: one per core; one on GPUs)"
 	@echo "  TRAINER=cpu|gpu|ddp|fsdp    where cells run: on cores (default), on one GPU, or each on all GPUs of this machine, which"
-	@echo "                              hold the net whole (ddp) or divide it (fsdp); ddp and fsdp are for paper 1"
+	@echo "                              hold the net whole (ddp) or divide it (fsdp); both for paper 1; fsdp_cpu: two cores"
 	@echo "  MODEL=name                  another size of net than the profile's, a file of conf/model/PAPER, such as gpt_2b (paper 1);"
 	@echo "                              its results go to a folder of their own under runs/"
 	@echo "  RERUN=stale                 run cells again whose code or settings have changed since"

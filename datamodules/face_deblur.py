@@ -49,7 +49,7 @@ class FaceDeblurData(LightningDataModule):
         seed: the key of the order, the motions and the augmentation of training pairs.
         size: H, in pixels.
         train_samples: pairs per epoch; None for as many as there are training faces.
-        train_faces: how many training faces to use; None for all there are, of procedural ones 4000.
+        train_faces: how many training faces to use; None for all there are, of procedural ones as many as `train_samples`.
         val_samples, test_samples: faces of the evaluation sets; None for all there are, of procedural ones 256 and 512.
         motion: the law of the training blur, or the name of one of `datamodules.blur.PRESETS`.
         camera: what else happens to the blurred picture, in all three splits.
@@ -110,7 +110,8 @@ class FaceDeblurData(LightningDataModule):
         """Load the faces once; stages share them."""
         if self.card is not None:
             return
-        drawn = {split: count for split, count in self.samples.items() if count is not None}
+        wanted = {"train": self.train_samples} | {split: count for split, count in self.samples.items() if count}
+        drawn = {split: count for split, count in wanted.items() if count is not None}
         faces = load_faces(self.faces_name, self.size, drawn)
         chosen = {split: self._chosen(faces, split) for split in self.samples}
         first = f"test/{self.test_names[0]}"

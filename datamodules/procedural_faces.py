@@ -73,14 +73,19 @@ def _grid(
 
 def _paint(scene: Scene) -> Image:
     """All layers from the back to the front."""
-    radius, shade = _head(scene)
+    radius, scene.shade = _head(scene)
     image = _body(scene, _background(scene))
-    image = over(image, scene.skin * shade[..., None], scene.within((radius - 1) * scene.width, 1.5))
-    image = mouth(scene, nose(scene, image))
+    image = over(image, scene.skin * scene.shade[..., None], scene.within((radius - 1) * scene.width, 1.5))
+    left_eye, right_eye, tip, *corners = scene.points
+    part, where = scene.near(tip[0], tip[1] - 0.3, reach=1.0)
+    image[where] = nose(part, image[where])
+    part, where = scene.near(tip[0], (corners[0][1] + corners[1][1]) / 2, reach=1.0)
+    image[where] = mouth(part, image[where])
     eyes = EyeShape.draw(scene)
-    for side in (0, 1):
-        image = brow(scene, eye(scene, image, side, shade, eyes), side, eyes)
-    return image if scene.style == "bald" else _front_hair(scene, image, radius, shade)
+    for side, (x, y) in enumerate((left_eye, right_eye)):
+        part, where = scene.near(x, y, reach=0.9)
+        image[where] = brow(part, eye(part, image[where], side, eyes), side, eyes)
+    return image if scene.style == "bald" else _front_hair(scene, image, radius)
 
 
 def _head(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
@@ -137,11 +142,11 @@ def strands(scene: Scene) -> np.ndarray:
     return (0.95 + 0.09 * waves)[..., None]
 
 
-def _front_hair(scene: Scene, image: Image, radius: np.ndarray, shade: np.ndarray) -> Image:
+def _front_hair(scene: Scene, image: Image, radius: np.ndarray) -> Image:
     rng, away = scene.rng, np.abs(scene.u)
     line = rng.uniform(-0.62, -0.5) if scene.style == "fringe" else rng.uniform(-1.12, -0.85)
     part, slope = rng.uniform(-0.6, 0.6), rng.uniform(0.05, 0.3)
     edge = line + slope * np.clip(scene.u - part, 0, None) - 0.1 * np.cos(3 * scene.u)
     temple = line + 3.6 * np.clip(away - 0.72 * scene.width, 0, None)  # it comes down at the sides
     hair = scene.within((radius - 1.06) * scene.width, 2) * scene.within(scene.v - np.maximum(edge, temple), 4)
-    return over(image, scene.hair * strands(scene) * (0.35 + 0.65 * shade)[..., None], hair)
+    return over(image, scene.hair * strands(scene) * (0.35 + 0.65 * scene.shade)[..., None], hair)

@@ -88,14 +88,14 @@ class EyeShape(NamedTuple):
         )
 
 
-def eye(scene: Scene, image: Image, side: int, shade: np.ndarray, shape: EyeShape) -> Image:
+def eye(scene: Scene, image: Image, side: int, shape: EyeShape) -> Image:
     """A socket, and between two lids the white, iris, pupil and the light's reflection, under the upper lid's shadow."""
     x, y = scene.points[side]
     image = darken(image, shape.socket * scene.spot(x, y - 0.07, 0.34, 0.2))
     s = (scene.u - x) / shape.half
     inside, across = np.clip(1 - s**2, 0, 1), np.abs(s)
     upper, lower = y - shape.high * inside**0.8, y + 0.65 * shape.high * inside
-    ball = colour([0.9, 0.88, 0.86]) * np.clip(shade + 0.1, 0, 1)[..., None]
+    ball = colour([0.9, 0.88, 0.86]) * np.clip(scene.shade + 0.1, 0, 1)[..., None]
     ball = over(ball, shape.iris, scene.ellipse(x + shape.gaze, y - 0.01, shape.radius, shape.radius))
     ball = over(ball, colour(0.02), scene.ellipse(x + shape.gaze, y - 0.01, 0.05, 0.05))
     glint = x + shape.gaze + math.copysign(0.04, scene.light[0])

@@ -6,6 +6,7 @@ Legend: S points drawn per side. A head has coordinates (u, v) in distances betw
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ Image = np.ndarray  # float32 (S, S, 3)
 
 
 class Scene:
-    """What is drawn: the head's coordinates u, v (S, S), where its features lie, its colours and the light."""
+    """What is drawn: the head's coordinates u, v (S, S), where its features lie, its colours, the light, and how bright this
+    makes each point of the head, shade (S, S), known once the head is.
+    """
 
     def __init__(
         self,
@@ -29,6 +32,7 @@ class Scene:
         to_crop: tuple[complex, complex],
     ) -> None:
         self.rng, self.u, self.v, self.to_crop, self.yaw = rng, u_SS, v_SS, to_crop, yaw
+        self.shade = np.ones_like(u_SS)
         self.points: list[list[float]] = points_52.tolist()  # plain numbers, which leave float32 arrays float32
         self.pixel = 1 / abs(to_crop[0])
         light = np.array([rng.uniform(-0.8, 0.8), rng.uniform(-0.8, 0.15), 1.0])
@@ -41,6 +45,16 @@ class Scene:
         self.style = str(rng.choice(list(HAIR_STYLES), p=list(HAIR_STYLES.values())))
         self.width, self.jaw = rng.uniform(0.98, 1.12), rng.uniform(0.62, 0.85)
         self.chin, self.crown = rng.uniform(1.62, 1.8), rng.uniform(-1.75, -1.55)
+
+    def near(self, x: float, y: float, reach: float) -> tuple[Scene, tuple[slice, slice]]:
+        """Return the part of the scene round a point, and where it is: features are drawn there, in a fraction of the time."""
+        rows, columns = (
+            np.flatnonzero(((abs(self.u - x) < reach) & (abs(self.v - y) < reach)).any(axis)) for axis in (1, 0)
+        )
+        where = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        part = copy(self)
+        part.u, part.v, part.shade = self.u[where], self.v[where], self.shade[where]
+        return part, where
 
     def within(self, distance: np.ndarray, pixels: float = 1.0) -> np.ndarray:
         """How much of each point lies inside, from a signed distance in the head's units, negative inside; the edge is

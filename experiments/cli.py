@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from experiments.deblur.cli import app as deblurring
 from experiments.upcycle.cli import app as upcycling
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(upcycling)
+app.add_typer(deblurring)
 console = Console(emoji=False)
 
 Paper = Annotated[str, typer.Argument(help="Paper number 1 to 5, its key, or 'all'.")]
@@ -29,7 +31,7 @@ OneSeed = Annotated[list[int] | None, typer.Option("--seed", min=0, help="Only t
 Jobs = Annotated[int | None, typer.Option(min=1, help="Processes at once; default one per core.")]
 Only = Annotated[list[str] | None, typer.Option(help="Only this ablation; may be repeated.")]
 OnlyData = Annotated[list[str] | None, typer.Option("--data", help="Only this data set; may be repeated.")]
-Trainer = Annotated[str, typer.Option(help="Where cells run: cpu, gpu (one), ddp or fsdp (a cell on all GPUs).")]
+Trainer = Annotated[str, typer.Option(help="Where cells run: cpu, gpu (one), ddp or fsdp (a cell on all GPUs), fsdp_cpu (on two cores).")]
 OnlyTable = Annotated[list[str] | None, typer.Option("--table", help="Only what this table needs; may be repeated.")]
 Stale = Annotated[bool, typer.Option("--rerun-stale", help="Run cells again whose code or settings have changed.")]
 

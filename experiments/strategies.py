@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from torch import Tensor
 
 from lit_modules.nets.sharding import divided_like, whole
+from lit_modules.nets.transformer import Transformer
 
 
 def processes(trainer: Mapping[str, Any]) -> int:
@@ -49,7 +50,7 @@ def trainer_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
 
 def compile_blocks(net: torch.nn.Module) -> None:
     """Have every block of a transformer compiled when it is first called; names of weights stay. Other nets are left alone."""
-    for block in getattr(net, "blocks", ()):
+    for block in net.blocks if isinstance(net, Transformer) else ():
         block.compile()
 
 

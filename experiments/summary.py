@@ -57,7 +57,7 @@ def print_plan(console: Console, plan: Plan, jobs: int) -> None:
         console.print(line, soft_wrap=True, highlight=False)
     if plan.to_run:
         console.print(
-            f"{len(plan.to_run)} cells to run on {jobs} processes: about {clock(plan.eta_seconds(jobs))} (h:mm:ss or m:ss)",
+            f"{len(plan.to_run)} cells to run on {jobs} processes: about {duration(plan.eta_seconds(jobs))}",
             soft_wrap=True,
         )
     if plan.of("stale") and not plan.rerun_stale:
@@ -69,8 +69,13 @@ def print_plan(console: Console, plan: Plan, jobs: int) -> None:
 
 def _prices(node: Node, memory: bool) -> list[str]:
     """Parameters, operations or, of large nets, gigabytes on each device, and seconds."""
+    if not memory:
+        return [f"{node.params:,}", f"{node.operations_per_sample:,}", f"{node.seconds:.0f}"]
+    size = {"trillion": "T", "billion": "B", "million": "M", "thousand": "k"}
+    count, _, word = number(node.params or 0).partition(" ")
+    seconds = node.seconds or 0.0
     gigabytes = f"{node.memory / 1e9:.3g}" if node.memory else ""
-    return [f"{node.params:,}", gigabytes if memory else f"{node.operations_per_sample:,}", f"{node.seconds:.0f}"]
+    return [count + size.get(word, ""), gigabytes, f"{seconds:.0f}" if seconds < 1e6 else f"{seconds:.1e}"]
 
 
 def _language_model_costs(plan: Plan) -> list[str]:
@@ -103,6 +108,11 @@ def _language_model_costs(plan: Plan) -> list[str]:
             f"Times are a guess where no run has been timed: {Pricer.GPU_FLOPS_PER_S:.1e} FLOP/s on each of {devices} GPU(s)."
         )
     return lines
+
+
+def duration(seconds: float) -> str:
+    """Return a time to wait for: as h:mm:ss or m:ss, or in days where it is many."""
+    return f"{seconds / 86_400:,.0f} days" if seconds > 100 * 3600 else f"{clock(seconds)} (h:mm:ss or m:ss)"
 
 
 def number(value: float) -> str:

@@ -23,7 +23,7 @@ def check_tiles(tile: int, overlap: int) -> None:
     """
     if tile < SMALLEST_TILE:
         raise ValueError(f"a tile must be at least {SMALLEST_TILE} pixels, got {tile}")
-    if not 0 <= _up(overlap) <= _up(tile) // 2:
+    if overlap < 0 or _up(overlap) > _up(tile) // 2:
         raise ValueError(f"an overlap must lie between 0 and half a tile of {_up(tile)} pixels, got {overlap}")
 
 

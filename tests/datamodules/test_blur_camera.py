@@ -129,6 +129,13 @@ def test_photons_are_counted_in_light() -> None:
     assert abs(float(variance) - 1) < 5 * math.sqrt(2 / seen.numel())
 
 
+def test_photon_and_read_out_noise_are_independent() -> None:
+    """So their variances add; of one stream their deviations would."""
+    camera = Camera(photons=2000, noise_sigma=(0.015, 0.015))
+    variance = float(photograph(_flat(8, 0.5), POINT, camera, _keys(8)).double().var())
+    assert abs(variance / (0.5 / 2000 + 0.015**2) - 1) < 5 * math.sqrt(2 / _flat(8, 0.5).numel())
+
+
 @pytest.mark.parametrize("name", ["sensor", "night"])
 def test_the_same_keys_give_the_same_bits_in_any_order(name: str) -> None:
     sharp_BCHW, order = _images(6, 3, 16, 16), torch.tensor([3, 0, 5])

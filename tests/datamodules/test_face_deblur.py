@@ -295,6 +295,9 @@ def test_procedural_faces_come_in_the_numbers_asked_for(tmp_path: Path, monkeypa
     made.setup("fit")
     assert (len(made.train_set), len(made.val_set), len(made.test_sets["deblurgan"])) == (5, 2, 3)
     assert (made.card.name, made.card.real) == ("procedural faces", False)
+    made = FaceDeblurData("procedural_faces", 4, 0, 16, train_samples=8, val_samples=2, test_samples=3)
+    made.setup("fit")
+    assert len(made.train_set) == made.train_size == 8
 
 
 def test_hydra_builds_it_from_a_plain_configuration(data) -> None:

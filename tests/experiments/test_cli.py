@@ -125,7 +125,7 @@ def test_every_trainer_can_be_chosen_and_names_the_same_cells(home: Path, traine
     found = [plan(load_paper("moe_upcycling"), s, home) for s in (selection, replace(selection, trainer="cpu"))]
     signatures = [[node.cell.signature for node in each.nodes] for each in found]
     assert signatures[0] == signatures[1]
-    assert found[0].nodes[0].cell.config["trainer"]["accelerator"] == ("cpu" if trainer == "cpu" else "gpu")
+    assert found[0].nodes[0].cell.config["trainer"]["accelerator"] == ("cpu" if trainer.endswith("cpu") else "gpu")
 
 
 def test_a_model_is_planned_without_its_weights_and_before_its_data_are_here(
@@ -137,12 +137,12 @@ def test_a_model_is_planned_without_its_weights_and_before_its_data_are_here(
     code, said = fivefold(*asked, "--trainer", "fsdp")  # 333 GB of weights, had they been made
     assert code == 0
     assert "wikitext is not on this machine" in said
-    assert re.search(r"dense +wikitext +1 +15,628,", said)
-    assert re.search(r"e8g8t8_10 +wikitext +1 +83,287,", said)
+    assert re.search(r"dense +wikitext +1 +15\.6B", said)
+    assert re.search(r"e8g8t8_10 +wikitext +1 +83\.3B", said)
     assert "83.3 billion parameters, of which a token meets 15.6 billion" in said
     assert "94.1 billion FLOPs per training token of 4096" in said
     assert re.search(r"Divided among 2, 4, 8 devices that is [\d.e+]+, [\d.e+]+, [\d.e+]+ GB on each", said)
-    assert re.search(r"about [\d:]+ \(h:mm:ss", said)
+    assert re.search(r"2 cells to run on 1 processes: about [\d,]+ days", said)
 
 
 def test_verdicts_are_shown_to_the_letter(tmp_path: Path) -> None:

@@ -31,7 +31,10 @@ OneSeed = Annotated[list[int] | None, typer.Option("--seed", min=0, help="Only t
 Jobs = Annotated[int | None, typer.Option(min=1, help="Processes at once; default one per core.")]
 Only = Annotated[list[str] | None, typer.Option(help="Only this ablation; may be repeated.")]
 OnlyData = Annotated[list[str] | None, typer.Option("--data", help="Only this data set; may be repeated.")]
-Trainer = Annotated[str, typer.Option(help="Where cells run: cpu, gpu (one), ddp or fsdp (a cell on all GPUs), fsdp_cpu (on two cores).")]
+Trainer = Annotated[
+    str,
+    typer.Option(help="Where cells run: cpu, gpu (one), ddp or fsdp (all GPUs), fsdp_cpu (two cores)."),
+]
 OnlyTable = Annotated[list[str] | None, typer.Option("--table", help="Only what this table needs; may be repeated.")]
 Stale = Annotated[bool, typer.Option("--rerun-stale", help="Run cells again whose code or settings have changed.")]
 

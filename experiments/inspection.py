@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.cell import Cell, flatten, resolve
+from experiments.cell import CONF, Cell, flatten, resolve
 from experiments.errors import UserError
 from experiments.records import Record
 from experiments.reproduce import Places, Reproduction
@@ -146,7 +146,7 @@ def verify_run(console: Console, prefix: str, places: Places, rerun: bool) -> bo
 def _check_identity(checks: _Checks, record: Record) -> Cell | None:
     """Hold a record against what its key composes to now. Returns that, or None if its key names nothing any more."""
     try:
-        cell = resolve(record.key)
+        cell = resolve(record.key, trainer=_trainer_of(record))
     except ConfigError as error:
         checks.add("configuration, code and data", False, f"{record.key} can no longer be composed: {error}")
         return None
@@ -156,6 +156,17 @@ def _check_identity(checks: _Checks, record: Record) -> Cell | None:
     what = "config.yaml against what the files compose to now" if stored else "config.yaml is missing or damaged"
     checks.add("stored configuration", stored == cell.hashed, what)
     return cell
+
+
+def _trainer_of(record: Record) -> str:
+    """The name of the trainer that a run was made with: on other devices sums come in another order, and weights differ."""
+    made = record.manifest.get("trainer", {})
+    same = ("accelerator", "devices", "strategy")
+    for file in sorted((CONF / "trainer").glob("*.yaml")):
+        found = yaml.safe_load(file.read_text())
+        if all(made.get(name) == found[name] for name in same):
+            return file.stem
+    return "cpu"
 
 
 def _stored_config(record: Record) -> dict[str, Any]:
@@ -225,7 +236,7 @@ def _run_again(checks: _Checks, record: Record, cell: Cell) -> None:
             return
     found = again.done["weights_sha256"]
     same = found == record.done.get("weights_sha256")
-    checks.add("running it again", same, f"weights {found[:16]}, {again.done['seconds']:.0f} s")
+    checks.add("running it again", same, f"weights {found[:16]}, {again.done['seconds']:.0f} s, trainer {cell.trainer}")
     moved = _moved(record.metrics, again.metrics)
     checks.add("metrics", not moved, ", ".join(moved) or f"{len(record.metrics)} agree to the last digit")
 

@@ -10,14 +10,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from experiments.cell import Cell
-from experiments.executors import PRELOAD, SINGLE_THREADED, die_with_parent, interrupt
+from experiments.executors import SINGLE_THREADED, die_with_parent, interrupt
 from experiments.store import read_json, write_json
 
 Body: TypeAlias = Callable[[Cell, Path, Any, tuple[str, str] | None], None]
@@ -41,7 +42,7 @@ def run_ranks(body: Body, cell: Cell, folder: Path, store: Any, parent: tuple[st
         RankFailed: what the first that failed said.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload(["experiments.run", cell.config["module"]["_target_"].rpartition(".")[0]])
     port = _free_port()
     for file in folder.glob(".rank*.json"):
         file.unlink()
@@ -49,17 +50,20 @@ def run_ranks(body: Body, cell: Cell, folder: Path, store: Any, parent: tuple[st
         context.Process(target=_rank, args=(body, cell, folder, store, parent, rank, count, port), name=f"rank {rank}")
         for rank in range(count)
     ]
+    died: dict[int, int] = {}  # by rank, with what: only those that ended before they were asked to
     try:
         for process in ranks:
             process.start()
-        running = set(ranks)
-        while running and all(process.exitcode in (None, 0) for process in ranks):
-            wait([process.sentinel for process in running])
-            running = {process for process in running if process.exitcode is None}
+        running = dict(enumerate(ranks))
+        while running and not died:
+            wait([process.sentinel for process in running.values()])
+            codes = {rank: process.exitcode for rank, process in running.items()}
+            running = {rank: process for rank, process in running.items() if codes[rank] is None}
+            died = {rank: code for rank, code in codes.items() if code}
     finally:
         _stop(ranks)
-    if any(process.exitcode for process in ranks):
-        raise _failure(folder, ranks)
+    if died:
+        raise _failure(folder, died, count)
 
 
 def _stop(ranks: Sequence[BaseProcess]) -> None:
@@ -74,20 +78,20 @@ def _stop(ranks: Sequence[BaseProcess]) -> None:
             process.join()
 
 
-def _failure(folder: Path, ranks: Sequence[BaseProcess]) -> RankFailed:
+def _failure(folder: Path, died: Mapping[int, int], count: int) -> RankFailed:
     """What the first process to fail has left, or how it died."""
     left = [(read_json(file), file) for file in folder.glob(".rank*.json")]
     for _, file in left:
         file.unlink()
     if left:
         first = min((said for said, _ in left), key=lambda said: said["time"])
-        error = RankFailed(f"process {first['rank'] + 1} of {len(ranks)}: {first['error']}")
+        error = RankFailed(f"process {first['rank'] + 1} of {count}: {first['error']}")
         error.add_note(first["traceback"])
         return error
-    died = [(rank, process.exitcode) for rank, process in enumerate(ranks) if process.exitcode]
-    rank, code = next(((r, c) for r, c in died if c not in (-signal.SIGTERM, -signal.SIGKILL)), died[0])
-    name = signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
-    return RankFailed(f"process {rank + 1} of {len(ranks)} ended with {name} (out of memory?)")
+    rank, code = min(died.items())
+    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+    return RankFailed(f"process {rank + 1} of {count} ended with {name}{hint}")
 
 
 def _rank(
@@ -108,6 +112,7 @@ def _rank(
     os.environ.update(SINGLE_THREADED | {name: str(value) for name, value in place.items()})
     if cell.config["trainer"]["accelerator"] == "cpu" and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's name need not lead to an address
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # where it is left out, all processes log the same
     try:
         body(cell, folder, store if rank == 0 else None, parent)
     except Exception as error:

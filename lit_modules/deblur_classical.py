@@ -17,7 +17,7 @@ from lit_modules.deblur_report import DeblurReport
 from lit_modules.ops.image_quality import psnr
 
 STRENGTHS = {
-    "wiener": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),  # weight of the Laplacian's power against the noise's
+    "wiener": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),  # weight of the Laplacian's power against the noise's
     "richardson_lucy": (3, 5, 10, 20, 40),  # iterations: fewer smooth more
 }
 
@@ -32,7 +32,8 @@ class KnownKernel(LightningModule):
     Logs: `chosen/strength`; all that the report measures.
     Raises:
         ValueError: an unknown method.
-    Source: scikit-image's `restoration`; images are extended by reflection first, since both suppose a periodic one.
+    Source: scikit-image's `restoration`; images are extended by reflection first, since beyond their border one supposes a
+        periodic image and the other darkness.
     """
 
     def __init__(self, net: nn.Module, report: DeblurReport, method: str = "wiener", **_: Any) -> None:
@@ -53,7 +54,8 @@ class KnownKernel(LightningModule):
 
         def mean_psnr(strength: float) -> float:
             found = [psnr(deconvolve(p.blurred, p.kernels, self.method, strength), p.sharp) for p in batches]
-            return float(torch.cat(found).mean())
+            values_B = torch.cat(found)
+            return float(values_B[values_B.isfinite()].mean())  # an image that equals the sharp one has no finite PSNR
 
         self.strength = max(STRENGTHS[self.method], key=mean_psnr)
 
@@ -83,7 +85,8 @@ def deconvolve(blurred_BCHW: Tensor, kernels_BKK: Tensor, method: str, strength:
     """
     from skimage import restoration
 
-    pad = kernels_BKK.shape[-1] // 2
+    H, W = blurred_BCHW.shape[-2:]
+    pad = max(kernels_BKK.shape[-1] // 2, min(H, W) // 2)  # what comes in from beyond the border gets further at each iteration
     extended = np.pad(blurred_BCHW.double().cpu().numpy(), ((0, 0), (0, 0), (pad, pad), (pad, pad)), mode="symmetric")
     one: Callable[[np.ndarray, np.ndarray], np.ndarray]
     if method == "wiener":
@@ -100,6 +103,5 @@ def deconvolve(blurred_BCHW: Tensor, kernels_BKK: Tensor, method: str, strength:
     restored = np.stack(
         [[one(channel, psf) for channel in image] for image, psf in zip(extended, kernels, strict=True)]
     )
-    H, W = blurred_BCHW.shape[-2:]
     found = torch.from_numpy(restored[..., pad : pad + H, pad : pad + W])
     return found.clamp(0, 1).to(blurred_BCHW)

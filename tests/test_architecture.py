@@ -18,7 +18,7 @@ FORBIDDEN = {
     "experiments": ("sweeps",),
 }
 ONLY_HERE = {"mlflow": ("experiments/tracking",), "optuna": ("sweeps/",)}
-HEAVY = ("facenet_pytorch", "tianshou", "albumentations", "ray", "transformers")
+HEAVY = ("facenet_pytorch", "tianshou", "albumentations", "ray", "transformers", "skimage", "sklearn")
 
 
 def _imports(file: Path) -> list[tuple[str, bool]]:

@@ -31,6 +31,10 @@ WHY_NOT = {
     "1": "it is of two tones, black and white, which no photograph is",
     "CMYK": "it is CMYK, for print, and would not come back from RGB as it was; convert it to RGB first",
 }
+NOTES = {
+    "MPO": "further pictures in its file, such as a depth or gain map, are left out",
+    "GIF": "a GIF has 256 colours, which are chosen anew: pixels may change anywhere",
+}
 SEVERAL, NOT_TAKEN = "several pictures in one file", "of a kind that is not taken"
 
 
@@ -38,13 +42,15 @@ SEVERAL, NOT_TAKEN = "several pictures in one file", "of a kind that is not take
 class Photograph:
     """An upright photograph, and what its file is written with.
 
-    pixels (H, W, C) and alpha (H, W), None where it has none, both uint8 or both uint16; `format` and `settings` are Pillow's.
+    pixels (H, W, C) and alpha (H, W), None where it has none, both uint8 or both uint16; `format` and `settings` are
+    Pillow's; `note` says what of the file will not come back.
     """
 
     pixels_HWC: np.ndarray
     alpha_HW: np.ndarray | None
     format: str
     settings: dict[str, Any]
+    note: str = ""
 
     @property
     def white(self) -> int:
@@ -76,7 +82,8 @@ def read(file: Path) -> Photograph:
     except Exception as error:  # decoders of broken files raise what they will
         raise Refused(UNREADABLE, str(error) or type(error).__name__) from None
     pixels, alpha = _channels(upright)
-    return Photograph(pixels, alpha, "JPEG" if opened.format == "MPO" else str(opened.format), settings)
+    form = "JPEG" if opened.format == "MPO" else str(opened.format)
+    return Photograph(pixels, alpha, form, settings, NOTES.get(str(opened.format), ""))
 
 
 def encode(photograph: Photograph, pixels_HWC: np.ndarray) -> bytes:
@@ -94,7 +101,7 @@ def as_bytes_rgb(pixels_HWC: np.ndarray) -> np.ndarray:
     """Return pixels as uint8 RGB (H, W, 3), to be looked at."""
     if pixels_HWC.dtype == np.uint16:
         pixels_HWC = ((pixels_HWC.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(pixels_HWC, (*pixels_HWC.shape[:2], 3)))
+    return np.array(np.broadcast_to(pixels_HWC, (*pixels_HWC.shape[:2], 3)), order="C")
 
 
 @contextmanager
@@ -174,7 +181,9 @@ def _settings(opened: Image.Image, content: bytes) -> dict[str, Any]:
 
 
 def _upright_exif(exif: bytes) -> bytes:
-    """Set the orientation to 1 where it stands, and move nothing: makers' notes point to places in the whole."""
+    """Set the orientation to 1 where it stands, and unlink the thumbnail, which is of the photograph as it was. Nothing is
+    moved: makers' notes point to places in the whole.
+    """
     start = 6 if exif.startswith(b"Exif\0\0") else 0
     order = {b"II": "little", b"MM": "big"}.get(exif[start : start + 2])
     if order is None:
@@ -183,12 +192,17 @@ def _upright_exif(exif: bytes) -> bytes:
     def number(at: int, size: int) -> int:
         return int.from_bytes(exif[start + at : start + at + size], order)  # type: ignore[arg-type]
 
-    directory = number(4, 4)
-    for entry in range(directory + 2, directory + 2 + 12 * number(directory, 2), 12):
+    first = number(4, 4) + 2
+    end = first + 12 * number(first - 2, 2)
+    patches = [(end, bytes(4))]  # where the directory of the thumbnail is said to be
+    for entry in range(first, end, 12):
         if number(entry, 2) == ExifTags.Base.Orientation:
-            at = start + entry + 8
-            return exif[:at] + (1).to_bytes(2, order) + exif[at + 2 :]  # type: ignore[arg-type]
-    return exif
+            patches.append((entry + 8, (1).to_bytes(2, order)))  # type: ignore[arg-type]
+    whole = bytearray(exif)
+    for at, new in patches:
+        if start + at + len(new) <= len(whole):
+            whole[start + at : start + at + len(new)] = new
+    return bytes(whole)
 
 
 def _upright_xmp(xmp: bytes) -> bytes:

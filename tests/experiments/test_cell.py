@@ -29,6 +29,8 @@ def _data_of(paper: str, ablation: str) -> list[str]:
     """
     if paper == "moe_upcycling":
         return ["python_stdlib"]
+    if paper == "face_deblur":
+        return ["faces", "procedural_faces"]
     first = "waves_2d" if paper == "min_max_plus" and ablation.startswith(("fit", "sine", "cone", "wave8")) else "mnist"
     config = resolve(CellKey(paper, ablation, first, 0, "small")).config
     return list(config["profile"]["budgets"][config["family"]])

@@ -111,10 +111,10 @@ def test_a_parent_that_fails_stops_its_child_and_says_which_it_was(tmp_path: Pat
 
     monkeypatch.setattr(run, "_execute", broken)
     child = _cell("e8g1t1_10", seed=6)
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(run.ParentFailed, match="the loss became nan"):
         run_cell(child, tmp_path)
-    (failed,) = tmp_path.glob("*/failed.json")
-    assert failed.parent.name == child.parent.signature  # type: ignore[union-attr]
+    failed = {file.parent.name for file in tmp_path.glob("*/failed.json")}
+    assert failed == {child.signature, child.parent.signature}  # type: ignore[union-attr]
 
 
 class _Stopped(Exception):
@@ -173,8 +173,9 @@ def test_what_is_tested_is_the_last_epochs_net_against_the_one_that_was_inherite
     for at, layer in start.items():
         pairs = zip(layer.up.detach().double().flatten(1), best[f"blocks.{at}.mlp.up"].double().flatten(1), strict=True)
         cosines += [(a @ b / a.norm() / b.norm()).item() for a, b in pairs]
-    assert record.metrics["moe/cosine"] == pytest.approx(sum(cosines) / len(cosines), abs=1e-6)
-    assert record.metrics["moe/cosine"] < 1 - 1e-5  # it has moved by far more than rounding
+    moved = 1 - sum(cosines) / len(cosines)
+    assert moved > 1e-6
+    assert 1 - record.metrics["moe/cosine"] == pytest.approx(moved, rel=0.2)  # its rounding is that of float32
     assert record.metrics["val_at/100"] == pytest.approx(record.metrics["val/loss"], rel=1e-6)
     assert record.metrics["train/tokens"] == record.metrics["val/tokens"] == 2 * 32 * 128
 

@@ -87,6 +87,7 @@ def test_results_of_another_model_go_to_a_folder_of_their_own(tmp_path: Path) ->
     assert [(key.ablation, key.model) for key in keys] == [("dense", "micro"), ("e8g1t1_10", "micro")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("profile", "strategy", "devices"), [("gpu", "auto", 1), ("paper", "fsdp", 8)])
 def test_every_arm_of_a_profile_for_gpus_can_be_built_and_fits_80_gb(profile: str, strategy: str, devices: int) -> None:
     costs = {}

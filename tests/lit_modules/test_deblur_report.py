@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from datamodules.blur_convolve import convolve
+from datamodules.blur_kernels import kernel_extent
+from datamodules.blur_motion import FACE_WIDTH
 from datamodules.face_deblur import FaceDeblurData, Pairs
+from lit_modules.deblur_classical import STRENGTHS as STRENGTHS_OF
 from lit_modules.deblur_classical import KnownKernel, deconvolve
-from lit_modules.deblur_report import DeblurReport
+from lit_modules.deblur_report import STRENGTHS, DeblurReport
 from lit_modules.ops.image_quality import psnr, ssim
 
 
@@ -52,16 +55,13 @@ def test_means_and_gains_are_those_of_the_images(tmp_path: Path) -> None:
 
 
 def test_images_fall_into_bins_by_the_measured_extent_of_their_kernels(tmp_path: Path) -> None:
-    pairs = _pairs()  # extents of 1 to 11 pixels; a face is 0.48 * 32 = 15.4 pixels wide
+    pairs = _pairs()
     found = _filled(DeblurReport(judge=False), pairs, pairs.sharp, tmp_path)
-    counts = {
-        name.split("/")[1]: value
-        for name, value in found.items()
-        if name.startswith("strength/") and name.endswith("/n")
-    }
-    assert sum(counts.values()) == 4.0  # 1 px and, at 0.195 widths, 3 px: the first is below every bin
-    assert counts["0.45"] == 3.0
-    assert counts["0.25"] == 1.0
+    counts = {n.split("/")[1]: v for n, v in found.items() if n.startswith("strength/") and n.endswith("/n")}
+    widths = kernel_extent(pairs.kernels).numpy() / (FACE_WIDTH * 32)
+    expected, _ = np.histogram(widths, [*STRENGTHS, np.inf])
+    assert 0 < sum(expected) < len(widths)  # the weakest is below every bin
+    assert counts == {f"{edge:g}": count for edge, count in zip(STRENGTHS, expected, strict=True) if count}
 
 
 def test_pictures_are_the_first_images_of_the_first_set(tmp_path: Path) -> None:
@@ -97,21 +97,37 @@ def test_a_judged_report_has_every_version_and_its_recovery(tmp_path: Path) -> N
         assert opened["faces/sharp"].shape == (4, 15)
 
 
-@pytest.mark.parametrize(("method", "strength"), [("wiener", 0.0003), ("richardson_lucy", 20)])
-def test_the_true_kernel_takes_most_of_the_blur_away(method: str, strength: float) -> None:
-    pairs = _pairs()
+def _framed() -> Pairs:
+    """Texture inside a plain frame wider than the kernels, so that nothing moves over the border."""
+    pairs = _pairs(side=64)
+    frame = torch.zeros(64, 64)
+    frame[16:48, 16:48] = 1
+    sharp, kernels = 0.5 + frame * (pairs.sharp - 0.5), pairs.kernels
+    return Pairs(convolve(sharp, kernels)[2:], sharp[2:], pairs.index[2:], kernels[2:])
+
+
+@pytest.mark.parametrize(("method", "strength"), [("wiener", 0.003), ("richardson_lucy", 20)])
+def test_the_true_kernel_takes_blur_away_and_a_wrong_one_does_not(method: str, strength: float) -> None:
+    pairs = _framed()
     restored = deconvolve(pairs.blurred, pairs.kernels, method, strength)
-    gain = psnr(restored, pairs.sharp)[3:] - psnr(pairs.blurred, pairs.sharp)[3:]
-    assert (gain > 2).all(), gain
+    wrong = deconvolve(pairs.blurred, pairs.kernels.transpose(1, 2), method, strength)
+    before, after = psnr(pairs.blurred, pairs.sharp), psnr(restored, pairs.sharp)
+    assert (after > before + 1).all(), after - before
+    assert (psnr(wrong, pairs.sharp) < before).all()
     assert restored.shape == pairs.sharp.shape
 
 
 def test_the_strength_is_the_best_of_those_on_validation() -> None:
-    pairs = _pairs()
-    module = KnownKernel(torch.nn.Identity(), DeblurReport(judge=False), "wiener")
+    pairs = _framed()
     batches = SimpleNamespace(val_dataloader=lambda: [pairs], on_after_batch_transfer=lambda batch, _: batch)
-    module._trainer = SimpleNamespace(datamodule=batches)  # type: ignore[assignment]
-    module.on_test_start()
-    assert module.strength == 0.0003  # there is no noise, so the least smoothing is best
+    for method, strengths in STRENGTHS_OF.items():
+        module = KnownKernel(torch.nn.Identity(), DeblurReport(judge=False), method)
+        module._trainer = SimpleNamespace(datamodule=batches)  # type: ignore[assignment]
+        module.on_test_start()
+        found = {
+            s: float(psnr(deconvolve(pairs.blurred, pairs.kernels, method, s), pairs.sharp).mean()) for s in strengths
+        }
+        assert module.strength == max(found, key=lambda s: found[s])
+        assert max(found.values()) > min(found.values())
     with pytest.raises(ValueError, match="unknown method 'inverse'; known: wiener, richardson_lucy"):
         KnownKernel(torch.nn.Identity(), DeblurReport(judge=False), "inverse")

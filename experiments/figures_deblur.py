@@ -20,7 +20,7 @@ Pictures = Mapping[str, np.ndarray]
 
 
 def gallery(spec: PaperSpec, figure: Figure, estimates: Estimates, records: Sequence[Record]) -> Canvas | None:
-    """Test faces of the first seed: kernel, blurred, restored by each row, sharp; with the box, points and confidence of MTCNN."""
+    """Test faces of the first seed: kernel, blurred, restored by each row, sharp; and what MTCNN finds in each."""
     shown = [(name, found) for name in figure.rows if (found := _pictures(records, name, figure.data)) is not None]
     if not shown:
         return None

@@ -15,8 +15,8 @@ from rich.markup import escape
 
 from experiments.cell import resolve
 from experiments.claims import PaperSpec
-from experiments.errors import UserError
 from experiments.data_sets import card_of, named_by_content
+from experiments.errors import UserError
 from experiments.executors import Finished, Job, LocalPool, default_jobs
 from experiments.graph import Node, Plan, Selection, keys_for, plan
 from experiments.records import CellKey, Record

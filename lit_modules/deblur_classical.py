@@ -86,7 +86,9 @@ def deconvolve(blurred_BCHW: Tensor, kernels_BKK: Tensor, method: str, strength:
     from skimage import restoration
 
     H, W = blurred_BCHW.shape[-2:]
-    pad = max(kernels_BKK.shape[-1] // 2, min(H, W) // 2)  # what comes in from beyond the border gets further at each iteration
+    pad = max(
+        kernels_BKK.shape[-1] // 2, min(H, W) // 2
+    )  # what comes in from beyond the border gets further at each iteration
     extended = np.pad(blurred_BCHW.double().cpu().numpy(), ((0, 0), (0, 0), (pad, pad), (pad, pad)), mode="symmetric")
     one: Callable[[np.ndarray, np.ndarray], np.ndarray]
     if method == "wiener":

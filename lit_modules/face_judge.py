@@ -76,7 +76,9 @@ class FaceJudge:
                 *zip(*((f.boxes_F4, f.probs_F, f.points_F52) for f in found), strict=True),
             )
             counts, *rest = columns
-            return dict(zip(PARTS, (np.array(counts), *(torch.cat(list(part)).numpy() for part in rest)), strict=True)), ""
+            return dict(
+                zip(PARTS, (np.array(counts), *(torch.cat(list(part)).numpy() for part in rest)), strict=True)
+            ), ""
 
         if not len(bytes_BCHW):
             return []

@@ -98,7 +98,9 @@ def test_without_a_critic_there_is_one_optimiser_and_no_adversarial_term(data: F
         losses = module.step(pairs)
     assert losses.adversarial == 0
     assert losses.perceptual == 0
-    assert losses.pixel == pytest.approx(float((module.net(pairs.blurred) - pairs.sharp).abs().mean().detach()), rel=1e-6)
+    assert losses.pixel == pytest.approx(
+        float((module.net(pairs.blurred) - pairs.sharp).abs().mean().detach()), rel=1e-6
+    )
 
 
 def test_the_schedule_counts_batches_for_both_optimisers(data: FaceDeblurData, tmp_path: Path) -> None:

@@ -20,11 +20,12 @@ class ConfigError(UserError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return " (nearest valid: 'x')" for the closest of `known`, or the list of them where none is close."""
+    """Return " (nearest valid: 'x')" for the closest of `known`, whatever its case, or the list of them where none is close."""
     options = sorted(known)
-    match = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    folded = {option.lower(): option for option in options}
+    match = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
     if match:
-        return f" (nearest valid: '{match[0]}')"
+        return f" (nearest valid: '{folded[match[0]]}')"
     return f" (valid: {', '.join(options)})" if options else ""
 
 

@@ -38,8 +38,8 @@ def test_draws_fill_their_ranges() -> None:
 
 
 def test_presets() -> None:
-    assert PRESETS["near_linear"].extent == pytest.approx((0.25 * 0.48, 0.45 * 0.48))
-    assert of_face(0.5, 1.0) == pytest.approx((0.24, 0.48))
+    assert PRESETS["near_linear"].extent == pytest.approx((0.25 * 0.54, 0.45 * 0.54))
+    assert of_face(0.5, 1.0) == pytest.approx((0.27, 0.54))
     assert [PRESETS[name].anxiety for name in ("near_linear", "mild", "severe")] == [(0.0, 0.001, 0.003)] * 3
     drawn = draw(PRESETS["deblurgan"], _keys(300), 256)
     assert drawn.size.tolist() == [60.0] * 300

@@ -166,6 +166,16 @@ def test_ranks_share_evaluation_without_overlap_and_with_as_many_batches(count: 
     assert sorted(seen) == [i * 100 // count for i in range(count)]
 
 
+def test_processes_share_validation_and_each_sees_the_whole_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = _data(eval_batch_size=4)
+    validated, tested = _rows(alone.val_dataloader()), _rows(alone.test_dataloader())
+    monkeypatch.setattr(TokenData, "_rank_and_world", lambda self: (1, 2))
+    second = _data(eval_batch_size=4)
+    assert second.shares_batches
+    assert _rows(second.val_dataloader()) == validated[1::2]
+    assert _rows(second.test_dataloader()) == tested
+
+
 def test_evaluation_that_leaves_a_rank_without_work_is_refused() -> None:
     with pytest.raises(ValueError, match=r"3 windows .* on each of 4 ranks; choose a multiple of 4"):
         EvalOrder(100, 3, 16, 0, 4)

@@ -130,7 +130,7 @@ def test_the_card_says_what_it_is_and_what_it_is_not_for(home: Path) -> None:
         "naf_full of paper 2",
         "DeblurNAF, 5,759 parameters",
         "faces, photographs, licence: CC BY 4.0; aligned, 64 x 64 pixels",
-        "preset 'training' (kind shake), 1.92 to 15.4 pixels wide at that size, which is 0.06 to 0.50 face widths",
+        "preset 'training' (kind shake), 1.92 to 15.4 pixels wide at that size, which is 0.06 to 0.44 face widths",
         "5,600 pairs",
         "test set near_linear: PSNR 22 blurred, 23 restored (dB)",
         "PSNR of 33 dB against what it was",

@@ -166,6 +166,20 @@ def test_balancing_loss_by_hand_and_its_gradient() -> None:
     torch.testing.assert_close(gradient, torch.tensor([[1.5, 0.0, 0.0], [1.5, 0.0, 0.0]]))
 
 
+@pytest.mark.parametrize(("order", "top_k"), [("softmax_topk", 1), ("topk_softmax", 4)])
+def test_with_the_counts_of_all_parts_the_mean_over_them_is_the_loss_of_the_whole(order: Order, top_k: int) -> None:
+    """As of processes that share a batch; with each part's own counts it is not."""
+    logits_SN = _logits(64, 8).requires_grad_()
+    parts = [route(half, top_k, order) for half in logits_SN.chunk(2)]
+    counts_N = sum(expert_counts(part.experts_SK, 8) for part in parts)
+    shared = sum(load_balancing_loss(part, counts_N) for part in parts) / 2
+    whole = load_balancing_loss(route(logits_SN, top_k, order))
+    torch.testing.assert_close(shared, whole)
+    gradients = [torch.autograd.grad(loss, logits_SN, retain_graph=True)[0] for loss in (shared, whole)]
+    torch.testing.assert_close(*gradients)
+    assert abs(sum(load_balancing_loss(part) for part in parts) / 2 - whole) > 1e-3
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 8])
 def test_huggingface_value_is_k_times_ours(top_k: int) -> None:
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")

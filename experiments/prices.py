@@ -75,7 +75,7 @@ class Pricer:
     # Rough single-core model for a machine that has not run the cell yet; measured on an AMD EPYC core.
     FIXED_S, PER_STEP_S, PER_OPERATION_S = 3.0, 1.7e-3, 6.0e-11
     # Of one GPU, for language models: an assumption, 15 percent of an H100's bfloat16 peak. None has been measured.
-    GPU_FIXED_S, GPU_FLOPS_PER_S = 120.0, 1.5e14
+    GPU_FIXED_S, GPU_FLOPS_PER_S = 60.0, 1.5e14
 
     def price(self, cell: Cell) -> tuple[Cost, float]:
         """Return what a cell's net costs, and the seconds that the cell is expected to take.

@@ -37,8 +37,20 @@ def deblur(
         bool, typer.Option("--whole/--faces", help="Restore whole photographs, or the faces that MTCNN finds.")
     ] = False,
     strength: Annotated[float, typer.Option(help="From 0, the photograph as it is, to 1, as restored.")] = 1.0,
-    tile: Annotated[int, typer.Option(help="Side in pixels of what is restored at once.")] = 512,
-    overlap: Annotated[int, typer.Option(help="What neighbouring tiles share, in pixels.")] = 64,
+    shrink: Annotated[
+        float | None,
+        typer.Option(
+            help="With --whole, restore at 1/F of the size; default what brings the largest face to the net's."
+        ),
+    ] = None,
+    largest: Annotated[
+        float, typer.Option(help="With --faces, let larger faces be restored at up to so many times the net's size.")
+    ] = 1.0,
+    tile: Annotated[
+        int | None,
+        typer.Option(help="Side in pixels of what is restored at once; default the size the net was trained on."),
+    ] = None,
+    overlap: Annotated[int | None, typer.Option(help="What neighbouring tiles share; default half a tile.")] = None,
     sure: Annotated[float, typer.Option(help="MTCNN's probability from which on a face is one.")] = 0.7,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also write OUTPUT.compare.png: before, after, difference.")
@@ -68,6 +80,8 @@ def deblur(
     options = Options(
         whole=whole,
         strength=strength,
+        shrink=shrink,
+        largest=largest,
         tile=tile,
         overlap=overlap,
         sure=sure,

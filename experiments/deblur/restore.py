@@ -16,10 +16,19 @@ from rich.console import Console
 
 from datamodules.face_photos import SUFFIXES
 from experiments.deblur import pictures
-from experiments.deblur.faces import SURE, find_faces, restore_face, square_of
+from experiments.deblur.faces import LARGEST, SURE, find_faces, restore_face, side_in_photograph, square_of
 from experiments.deblur.files import Input, Outcome, check_outputs, collect, each_of
 from experiments.deblur.photographs import encode, read
-from experiments.deblur.tiles import Restore, as_floats, as_values, check_tiles, restore_in_tiles, restore_whole
+from experiments.deblur.tiles import (
+    SMALLEST_TILE,
+    Restore,
+    as_floats,
+    as_values,
+    restore_in_tiles,
+    restore_whole,
+    rounded_tiles,
+)
+from experiments.deblur.warping import ROWS, enlarge_rows, shrink
 from experiments.errors import UserError
 from experiments.store import write_atomically
 
@@ -34,7 +43,10 @@ class Options:
     Args:
         whole: the whole photograph, in tiles; else the faces that MTCNN finds.
         strength: 0 for the photograph as it is, 1 for it as the generator has it, between them the mixture.
-        tile, overlap: see `experiments.deblur.tiles`.
+        shrink: whole photographs are restored at 1 / `shrink` of their size, and the difference is enlarged; None for what
+            brings the largest face to the generator's size, and 1 where there is none or it is smaller.
+        largest: see `experiments.deblur.faces.square_of`.
+        tile, overlap: see `experiments.deblur.tiles`; None for the generator's size, and half a tile.
         sure: probability from which on a face is restored.
         compare, overlay: also write a picture beside each output, of what went in and came out, and of MTCNN's faces in both.
         force: replace outputs that exist.
@@ -44,19 +56,29 @@ class Options:
 
     whole: bool = False
     strength: float = 1.0
-    tile: int = 512
-    overlap: int = 64
+    shrink: float | None = None
+    largest: float = LARGEST
+    tile: int | None = None
+    overlap: int | None = None
     sure: float = SURE
     compare: bool = False
     overlay: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("strength", "sure"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name} must lie between 0 and 1, got {getattr(self, name)}")
+        for name, low, high in (("strength", 0, 1), ("sure", 0, 1), ("shrink", 1, 1000), ("largest", 1, 1000)):
+            if (value := getattr(self, name)) is not None and not low <= value <= high:
+                raise UserError(f"--{name} must lie between {low} and {high}, got {value}")
+        self.tiles(SMALLEST_TILE)
+
+    def tiles(self, size: int) -> tuple[int, int]:
+        """Return tile and overlap for a generator whose training faces were of `size`.
+
+        Larger tiles are faster, but a net with channel attention or instance norm knows pictures of its size: larger ones
+        come out worse.
+        """
         try:
-            check_tiles(self.tile, self.overlap)
+            return rounded_tiles(self.tile or max(size, SMALLEST_TILE), self.overlap)
         except ValueError as error:
             raise UserError(str(error)) from None
 
@@ -135,9 +157,11 @@ def restore_one(job: Job, restore: Restore, size: int, options: Options, tick: T
         Refused, OSError: see `experiments.deblur.photographs.read`.
     """
     photograph = read(job.source.file)
-    before_HWC = photograph.pixels_HWC
+    before_HWC, notes = photograph.pixels_HWC, [photograph.note] if photograph.note else []
     if options.whole:
-        after_HWC, squares = restore_picture(before_HWC, restore, options, tick), None
+        factor, note = shrink_of(before_HWC, size, options)
+        after_HWC, squares = restore_picture(before_HWC, restore, size, factor, options, tick), None
+        notes += [note] if note else []
     else:
         after_HWC, squares = restore_faces(before_HWC, restore, size, options)
         if not squares:
@@ -149,16 +173,46 @@ def restore_one(job: Job, restore: Restore, size: int, options: Options, tick: T
         write_atomically(job.extra["compare"], pictures.compare(rows))
     if "faces" in job.extra:
         write_atomically(job.extra["faces"], pictures.overlay(before_HWC, after_HWC, options.sure))
-    return [photograph.note] if photograph.note else []
+    return notes
 
 
-def restore_picture(before_HWC: np.ndarray, restore: Restore, options: Options, tick: Tick) -> np.ndarray:
-    """Return a whole photograph restored, of its type and shape."""
-    after_HWC = np.empty_like(before_HWC)
-    for top, strip_HWC in restore_in_tiles(before_HWC, restore, options.tile, options.overlap, tick):
-        rows = slice(top, top + len(strip_HWC))
-        x_HWC = as_floats(before_HWC[rows])
-        after_HWC[rows] = as_values(x_HWC + np.float32(options.strength) * (strip_HWC - x_HWC), before_HWC.dtype)
+def shrink_of(before_HWC: np.ndarray, size: int, options: Options) -> tuple[float, str]:
+    """Return at which part of its size a whole photograph is restored, and what there is to say of that."""
+    if options.shrink is not None:
+        return options.shrink, ""
+    found = find_faces(before_HWC, options.sure)
+    if not len(found):
+        return 1.0, f"no face found: restored at its own size; --shrink F where faces are larger than {size} pixels"
+    factor = max(1.0, max(map(side_in_photograph, found.points_F52.double().numpy())) / size)
+    return factor, f"restored at 1/{factor:.3g} of its size, where its largest face is {size} pixels" * (factor > 1)
+
+
+def restore_picture(
+    before_HWC: np.ndarray, restore: Restore, size: int, factor: float, options: Options, tick: Tick
+) -> np.ndarray:
+    """Return a whole photograph restored, of its type and shape.
+
+    Args:
+        size: of the generator's training faces.
+        factor: the photograph is restored at 1 / factor of its size, and the difference is enlarged and added; 1 or above.
+    """
+    after_HWC, tiles = np.empty_like(before_HWC), options.tiles(size)
+
+    def add(top: int, difference_HWC: np.ndarray) -> None:
+        rows = slice(top, top + len(difference_HWC))
+        new_HWC = as_floats(before_HWC[rows]) + np.float32(options.strength) * difference_HWC
+        after_HWC[rows] = as_values(new_HWC, before_HWC.dtype)
+
+    if factor == 1:
+        for top, strip_HWC in restore_in_tiles(before_HWC, restore, *tiles, tick):
+            add(top, strip_HWC - as_floats(before_HWC[top : top + len(strip_HWC)]))
+        return after_HWC
+    small_HWC = shrink(before_HWC, factor)
+    strips = [strip for _, strip in restore_in_tiles(small_HWC, restore, *tiles, tick)]
+    difference_HWC = np.concatenate(strips) - small_HWC
+    for top in range(0, len(before_HWC), ROWS):
+        bottom = min(len(before_HWC), top + ROWS)
+        add(top, enlarge_rows(difference_HWC, factor, top, bottom, before_HWC.shape[1]))
     return after_HWC
 
 
@@ -169,19 +223,15 @@ def restore_faces(
 
     Where squares overlap, the more probable face lies on top.
     """
-    after_HWC, squares = before_HWC.copy(), []
+    after_HWC, squares, tiles = before_HWC.copy(), [], options.tiles(size)
+
+    def restore_square(x_1SSC: np.ndarray) -> np.ndarray:
+        return restore_whole(x_1SSC[0], restore, *tiles)[None]
+
     found = find_faces(before_HWC, options.sure)
     for points_52 in reversed(found.points_F52.double().numpy()):
-        square = square_of(points_52, size)
-        squares.append(
-            restore_face(
-                before_HWC,
-                after_HWC,
-                square,
-                lambda x_SSC: restore_whole(x_SSC, restore, options.tile, options.overlap),
-                options.strength,
-            )
-        )
+        square = square_of(points_52, size, options.largest)
+        squares.append(restore_face(before_HWC, after_HWC, square, restore_square, options.strength))
     return after_HWC, squares[::-1]
 
 

@@ -23,7 +23,7 @@ from datamodules import blur
 from datamodules.blur import CAMERAS, Camera, Motion, crop_kernels, kernel_extent, key_of, motion_kernels
 from datamodules.face_crops import NO_FACE
 from datamodules.face_photos import TOO_SMALL, Refused, read_photo
-from experiments.deblur.faces import find_faces, square_of
+from experiments.deblur.faces import find_faces, side_in_photograph
 from experiments.deblur.files import Input, Outcome, check_outputs, collect, each_of
 from experiments.errors import UserError
 from experiments.store import write_atomically
@@ -146,8 +146,7 @@ def key_for(seed: int, name: Path) -> Tensor:
 
 
 def side_of(pixels_HW3: np.ndarray, of: Of) -> int:
-    """Return what extents are shares of, in pixels: the photograph's shorter side, or that of the square which its most
-    probable face is aligned to in training.
+    """Return what extents are shares of, in pixels: the photograph's shorter side, or that of its most probable face's square.
 
     Raises:
         Refused: there is no face.
@@ -157,7 +156,7 @@ def side_of(pixels_HW3: np.ndarray, of: Of) -> int:
     faces = find_faces(pixels_HW3)
     if not len(faces):
         raise Refused(NO_FACE, "nothing that extents could be shares of; give --of picture")
-    return square_of(faces.points_F52[0].double().numpy(), 8, largest=1e6).side
+    return round(side_in_photograph(faces.points_F52[0].double().numpy()))
 
 
 def kernel_values(kernel_KK: Tensor) -> np.ndarray:

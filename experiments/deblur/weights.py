@@ -59,19 +59,19 @@ class Restorer:
     device: torch.device
     facts: Facts
 
-    def __call__(self, image_HWC: np.ndarray) -> np.ndarray:
-        """Restore one image, float32 in [0, 1]; a grey one (C = 1) goes in as three equal channels and comes out as their mean.
+    def __call__(self, images_BHWC: np.ndarray) -> np.ndarray:
+        """Restore images, float32 in [0, 1]; grey ones (C = 1) go in as three equal channels and come out as their mean.
 
         Raises:
             FloatingPointError: the generator answers with values that are not finite.
         """
-        C = image_HWC.shape[-1]
-        x_1CHW = torch.from_numpy(np.ascontiguousarray(image_HWC)).permute(2, 0, 1)[None].expand(-1, 3, -1, -1)
+        x_BCHW = torch.from_numpy(np.ascontiguousarray(images_BHWC)).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
         with torch.inference_mode():
-            y_CHW = self.run(x_1CHW.contiguous().to(self.device))[0].float().cpu()
-        if not bool(torch.isfinite(y_CHW).all()):
+            y_BCHW = self.run(x_BCHW.contiguous().to(self.device)).float().cpu()
+        if not bool(torch.isfinite(y_BCHW).all()):
             raise FloatingPointError(f"the generator ({self.facts.name}) answers with values that are not finite")
-        return (y_CHW if C == 3 else y_CHW.mean(0, keepdim=True)).permute(1, 2, 0).numpy()
+        grey = images_BHWC.shape[-1] == 1
+        return (y_BCHW.mean(1, keepdim=True) if grey else y_BCHW).permute(0, 2, 3, 1).numpy()
 
 
 class Clamped(nn.Module):

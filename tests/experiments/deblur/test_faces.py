@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from deblur import making
 
-from datamodules.face_align import cut_face, fit_similarity, margin_of, template_points
-from experiments.deblur.faces import Square, _feather, cut, find_faces, restore_face, square_of, warp
+from datamodules.face_align import TEMPLATE_52, cut_face, fit_similarity, margin_of, template_points
+from experiments.deblur.faces import Square, cut, feather, find_faces, restore_face, side_in_photograph, square_of
+from experiments.deblur.warping import warp
 
 
 def points_at(eyes: float, turn: float = 0.0, middle: complex = 150 + 140j) -> np.ndarray:
     """A face of the template's shape with its eyes so many pixels apart, turned by so many degrees."""
-    z = (template_points(64) @ [1, 1j] - template_points(64).mean(0) @ [1, 1j]) * eyes / 16
+    z = (TEMPLATE_52 - TEMPLATE_52.mean(0)) @ [1, 1j] * 4 * eyes
     z = z * np.exp(1j * np.radians(turn)) + middle
     return np.stack([z.real, z.imag], -1)
 
@@ -24,45 +25,40 @@ def smooth_scene(height: int = 300, width: int = 280) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("eyes", "side"), [(4, 64), (16, 64), (16.1, 72), (24, 96), (32, 128), (100, 128)], ids=lambda value: f"{value:g}"
+    ("eyes", "largest", "side"),
+    [(4, 1, 64), (16, 1, 64), (100, 1, 64), (4, 2, 64), (17, 2, 68), (32, 2, 128), (100, 2, 128), (100, 99, 400)],
 )
-def test_the_rule_of_the_square_s_side(eyes: float, side: int) -> None:
-    """Eyes are a quarter of the side apart: never below the generator's 64 pixels, nor above twice as many."""
-    square = square_of(points_at(eyes, turn=20), 64, largest=2)
+def test_the_rule_of_the_square_s_side(eyes: float, largest: float, side: int) -> None:
+    """The generator's 64 pixels, or those of a larger face up to `largest` times as many; eyes are a quarter of it apart."""
+    points = points_at(eyes, turn=20)
+    square = square_of(points, 64, largest)
     assert square.side == side
-    assert square.whole == side + 2 * margin_of(side)
-    w = (points_at(eyes, turn=20) @ [1, 1j] - square.b) / square.a
-    np.testing.assert_allclose(np.stack([w.real, w.imag], -1), template_points(side), atol=1e-9)
+    assert side_in_photograph(points) == pytest.approx(4 * eyes)
+    w = (points @ [1, 1j] - square.b) / square.a
+    np.testing.assert_allclose(np.stack([w.real, w.imag], -1), TEMPLATE_52 * side - 0.5, atol=1e-9)
 
 
-def test_the_square_is_the_crop_that_training_faces_are() -> None:
+def test_the_square_is_the_crop_that_training_faces_are_without_its_margins() -> None:
     picture = making.astronaut()
     points = find_faces(picture).points_F52[0].double().numpy()
-    a, b = fit_similarity(points, template_points(64))
-    ours = cut(picture, Square(1 / a, -b / a, 64))
-    theirs = cut_face(picture, points, 64).pixels_SS3 / 255
-    assert ours.shape == theirs.shape
-    assert np.abs(ours - theirs).mean() < 0.01  # theirs is shrunk by Lanczos' filter
-    assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.999
-
-
-def test_warp_moves_turns_and_scales_what_it_should() -> None:
-    source = smooth_scene()
-    np.testing.assert_allclose(warp(source, 1, 0, *source.shape[:2]), source, atol=2e-6)
-    np.testing.assert_allclose(warp(source, 1, 7 + 3j, 50, 60), source[3:53, 7:67], atol=2e-6)
-    turned = warp(source, 1j, 39, 40, 30)  # from x to y, and from y to 39 - x
-    np.testing.assert_allclose(turned, np.rot90(source[:30, :40]), atol=2e-6)
-    shrunk = warp(source, 2, 0.5 + 0.5j, 150, 140)
-    np.testing.assert_allclose(shrunk, source.reshape(150, 2, 140, 2, 3).mean((1, 3)), atol=0.01)
+    crop, margin = cut_face(picture, points, 64), margin_of(64)
+    theirs = crop.pixels_SS3[margin:-margin, margin:-margin] / 255
+    ours = cut(picture, square_of(points, 64))
+    assert ours.shape == (64, 64, 3)
+    assert np.abs(ours - theirs).mean() < 0.02  # theirs is shrunk by a sharper filter, that of Lanczos
+    shifted = cut(picture, square_of(points + 2, 64))
+    assert np.abs(ours - theirs).mean() < 0.3 * np.abs(shifted - theirs).mean()
+    a, _ = fit_similarity(points, template_points(64))
+    assert square_of(points, 64).a == pytest.approx(1 / a)
 
 
 def test_what_is_cut_and_put_back_is_where_it_was() -> None:
-    source, square = smooth_scene(), square_of(points_at(24, turn=30), 64)
+    source, square = smooth_scene(), square_of(points_at(24, turn=30), 96)
     crop = cut(source, square)
     back = warp(crop, 1 / square.a, -square.b / square.a, *source.shape[:2])
-    inside = _feather(square, 0, 300, 0, 280) == 1
-    assert inside.sum() == pytest.approx(square.side**2, rel=0.05)
-    assert np.abs(back - source)[inside].max() < 5e-3
+    mask = feather(square, 0, 300, 0, 280)
+    assert (mask > 0).sum() == pytest.approx(96**2, rel=0.05)
+    assert np.abs(back - source)[mask == 1].max() < 5e-3
 
 
 def test_beyond_the_photograph_the_square_is_its_reflection() -> None:
@@ -70,7 +66,9 @@ def test_beyond_the_photograph_the_square_is_its_reflection() -> None:
     square = square_of(points_at(24, middle=20 + 140j), 64)
     wide = np.pad(source, [(0, 0), (100, 0), (0, 0)], mode="symmetric")
     there = Square(square.a, square.b + 100, square.side)
-    np.testing.assert_allclose(cut(source, square), cut(wide, there), atol=1e-4)
+    np.testing.assert_allclose(
+        cut(source, square), cut(wide, there), atol=5e-3
+    )  # the filter that shrinks ends at the edge
 
 
 @pytest.mark.parametrize(("eyes", "turn"), [(9, 0), (20, 17), (60, -100)])
@@ -86,11 +84,12 @@ def test_outside_the_square_no_bit_changes_and_the_step_at_its_edge_is_smooth() 
     image = np.full((300, 280, 1), 100, np.uint8)
     output, square = image.copy(), square_of(points_at(24, 15), 64)
     before, after = restore_face(image, output, square, lambda x: x + 0.25, 1.0)
-    mask = _feather(square, 0, 300, 0, 280)
+    mask = feather(square, 0, 300, 0, 280)
     assert (output[mask == 0] == 100).all()
     assert (output[mask == 1] == 164).all()  # 100 + 255 / 4, rounded
     np.testing.assert_allclose(output[..., 0], 100 + 63.75 * mask, atol=0.51)
-    assert max(np.abs(np.diff(output[..., 0].astype(int), axis=axis)).max() for axis in (0, 1)) < 64 / 4
+    steps = max(np.abs(np.diff(output[..., 0].astype(int), axis=axis)).max() for axis in (0, 1))
+    assert steps <= 1.5 * 1.5 * 64 / 12  # a smooth step over an eighth of 96 pixels, across both of its axes
     np.testing.assert_allclose(after - before, 0.25, atol=1e-6)
 
 

@@ -105,9 +105,9 @@ def test_files_that_do_not_fit_are_refused_and_no_foreign_code_is_run(home: Path
 def test_grey_goes_in_as_three_channels_and_comes_out_as_one(home: Path) -> None:
     making.run(home, making.shaken)
     restorer = load(None, home / "runs", CPU)
-    grey = np.random.default_rng(0).random((40, 33, 1), dtype=np.float32)
+    grey = np.random.default_rng(0).random((2, 40, 33, 1), dtype=np.float32)
     colour = restorer(np.repeat(grey, 3, -1))
-    assert colour.shape == (40, 33, 3)
+    assert colour.shape == (2, 40, 33, 3)
     np.testing.assert_allclose(restorer(grey)[..., 0], colour.mean(-1), atol=1e-6)
 
 
@@ -115,7 +115,7 @@ def test_what_is_not_finite_is_no_image() -> None:
     facts = facts_of(Path("nowhere"), {"seed": 0, "data": {"name": "faces"}, **_card_config()}, 1)
     restorer = Restorer(lambda x: x / 0 - x / 0, CPU, facts)
     with pytest.raises(FloatingPointError, match="not finite"):
-        restorer(np.ones((4, 4, 3), np.float32))
+        restorer(np.ones((1, 4, 4, 3), np.float32))
 
 
 def _card_config() -> dict:

@@ -7,7 +7,12 @@ SEEDS   ?=
 JOBS    ?=
 TRAINER ?= cpu
 MODEL   ?=
+INSTEAD ?=
 RERUN   ?=
+SPACE   ?=
+TRIALS  ?=
+WORKERS ?=
+STORAGE ?=
 DATA_ROOT ?=
 
 VENV := .venv
@@ -15,13 +20,18 @@ BIN  := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FIVEFOLD := $(BIN)/fivefold
 FLAGS := --profile $(PROFILE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS))
-RUN_FLAGS = $(FLAGS) --trainer $(TRAINER) $(if $(MODEL),--model $(MODEL)) $(if $(RERUN),$(if $(filter stale,$(RERUN)),--rerun-stale,$(error RERUN is 'stale' or nothing)))
+RUN_FLAGS = $(FLAGS) --trainer $(TRAINER) $(if $(MODEL),--model $(MODEL)) $(if $(INSTEAD),--instead $(INSTEAD)) $(if $(RERUN),$(if $(filter stale,$(RERUN)),--rerun-stale,$(error RERUN is 'stale' or nothing)))
+
+SWEEP_FLAGS = --profile $(PROFILE) --trainer $(TRAINER) $(if $(SPACE),--space $(SPACE)) $(if $(TRIALS),--trials $(TRIALS)) $(if $(WORKERS),--workers $(WORKERS))
 
 ifneq ($(strip $(DATA_ROOT)),)
 export DATA_ROOT
 endif
+ifneq ($(strip $(STORAGE)),)
+export FIVEFOLD_STORAGE := $(STORAGE)
+endif
 
-.PHONY: help setup test lint report ui bench data clean reproduce-all
+.PHONY: help setup test lint report ui sweep-ui bench data clean reproduce-all
 
 help: ## Say what each target does
 	@echo "Fivefold: five papers' ablations, reproduced with verdicts."
@@ -37,7 +47,11 @@ help: ## Say what each target does
 	@echo "                              hold the net whole (ddp) or divide it (fsdp); both for paper 1; fsdp_cpu: two cores"
 	@echo "  MODEL=name                  another size of net than the profile's, a file of conf/model/PAPER, such as gpt_2b (paper 1);"
 	@echo "                              its results go to a folder of their own under runs/"
+	@echo "  INSTEAD=other=name          data set NAME in the place of the paper's OTHER, such as faces=lfw (paper 2); its results go to"
+	@echo "                              a folder of their own under runs/"
 	@echo "  RERUN=stale                 run cells again whose code or settings have changed since"
+	@echo "  SPACE=name                  the search space of a sweep, a file of sweeps/spaces/PAPER; TRIALS=n in all, WORKERS=n at once"
+	@echo "  STORAGE=url                 where studies lie: sqlite:///FILE (default runs/optuna.db), postgresql://..., journal:FILE"
 	@echo "  DATA_ROOT=folder            where data sets already lie or are to be put (default .data)"
 	@echo
 	@echo "Papers (N): 1 MoE upcycling, 2 face deblurring, 3 tropical CNNs, 4 Min-Max-Plus nets, 5 Auto-MAP."
@@ -67,8 +81,11 @@ reproduce-paper-%: $(STAMP) ## Run what paper N's claims need, then write its ta
 reproduce-all: $(STAMP) ## The same for every paper that exists
 	@$(FIVEFOLD) reproduce all $(RUN_FLAGS)
 
-sweep-paper-%: $(STAMP) ## Optuna sweep over paper N's search space
-	@$(FIVEFOLD) sweep $* $(FLAGS)
+sweep-paper-%: $(STAMP) ## Optuna sweep over SPACE of paper N, then its winner on fresh seeds and a report; no SPACE lists them
+	@$(FIVEFOLD) sweep $* $(SWEEP_FLAGS)
+
+sweep-ui: $(STAMP) ## Serve optuna-dashboard over the studies on this machine only
+	@$(FIVEFOLD) sweep-ui
 
 report: $(STAMP) ## Write results/ again from the finished runs
 	@$(FIVEFOLD) report $(FLAGS)

@@ -83,8 +83,9 @@ if [ ! -x "$venv/bin/python" ]; then
   python=$(find_python "3, 11" "3, 13") || python=3.11
   "$uv" venv --quiet --allow-existing --python "$python" "$venv"
 fi
+# compiled here once: where PYTHONDONTWRITEBYTECODE is set, every process would compile everything it imports again
 echo "setup: installing the locked packages (about 6 GB the first time, mostly torch's CUDA build)"
-"$uv" pip sync --quiet --require-hashes --python "$venv/bin/python" requirements.lock
+"$uv" pip sync --quiet --compile-bytecode --require-hashes --python "$venv/bin/python" requirements.lock
 "$uv" pip install --quiet --no-deps --no-build-isolation --python "$venv/bin/python" --editable .
 "$venv/bin/python" - <<'PY'
 import torch, torchvision

@@ -46,10 +46,14 @@ class CropSet(Dataset[Crops]):
     def __len__(self) -> int:
         return len(self.crops_NSS3)
 
+    def keys_of(self, asked: Asked) -> Tensor:
+        """Return the keys of these pairs, int64 (B,)."""
+        index_B, turn_B = torch.tensor(asked, dtype=torch.int64).reshape(-1, 2).unbind(1)
+        return key_of(self.seed, self.split, index_B | turn_B << 32)  # no face has an index beyond 32 bits
+
     def __getitem__(self, asked: Asked) -> Crops:
         """Return the whole batch of these faces at once."""
-        index_B, turn_B = torch.tensor(asked, dtype=torch.int64).reshape(-1, 2).unbind(1)
-        key_B = key_of(self.seed, self.split, index_B | turn_B << 32)  # no face has an index beyond 32 bits
+        index_B, key_B = torch.tensor([face for face, _ in asked], dtype=torch.int64), self.keys_of(asked)
         crops_BSS3 = self.crops_NSS3[index_B.numpy()]
         if self.photo:
             seeds_B3 = words(key_B, 3, Stream.GENERAL).tolist()
@@ -126,7 +130,11 @@ class PairOrder(RankedBatches):
     def __iter__(self) -> Iterator[Asked]:
         first, self.skip = self.skip, 0
         for number in range(first, len(self)):
-            yield self.batch(self.epoch, number)[self.rank :: self.num_replicas]
+            yield self.own(self.epoch, number)
+
+    def own(self, epoch: int, number: int) -> Asked:
+        """Return this rank's share of an epoch's batch."""
+        return self.batch(epoch, number)[self.rank :: self.num_replicas]
 
     def batch(self, epoch: int, number: int) -> Asked:
         """Return an epoch's batch, for all ranks together."""
@@ -176,7 +184,7 @@ class PairLoader(DataLoader):
 
     def __init__(self, crops: CropSet, order: PairOrder, num_workers: int, about: dict[str, Any]) -> None:
         super().__init__(crops, sampler=order, batch_size=None, num_workers=num_workers)
-        self.order, self.about, self.handed = order, about, 0
+        self.crops, self.order, self.about, self.handed = crops, order, about, 0
 
     def __iter__(self) -> Iterator[Crops]:  # type: ignore[override]
         """Yield batches. Nothing happens before the first is asked for: Lightning sets the epoch only after calling this."""
@@ -184,6 +192,12 @@ class PairLoader(DataLoader):
         for batch in super().__iter__():
             self.handed += 1  # before the batch is used: when it has been, a checkpoint counts it
             yield batch
+
+    def coming(self, batches: int) -> Tensor:
+        """Return the keys of the batch handed out last and of those that come after it in the epoch, int64 (pairs,)."""
+        first = max(0, self.handed - 1)
+        numbers = range(first, min(first + batches, len(self.order)))
+        return self.crops.keys_of([pair for number in numbers for pair in self.order.own(self.order.epoch, number)])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the order, the same on every rank."""

@@ -21,6 +21,7 @@ from datamodules.sources import DataCard
 
 EVAL_SEED = 0  # validation and test pairs are the same for every run, net and machine
 TRAIN = "train"  # the name of the training law; those of the test sets are "test/..."
+AHEAD = 256  # kernels of training pairs drawn at once
 TESTS = {"near_linear": "near_linear", "deblurgan": "deblurgan"}
 
 
@@ -105,6 +106,8 @@ class FaceDeblurData(LightningDataModule):
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
         self.input_shape = (3, size, size)
         self.card: DataCard | None = None
+        self._loader: PairLoader | None = None
+        self._ahead: dict[int, Tensor] = {}  # kernels of training pairs, by key
 
     def setup(self, stage: str | None = None) -> None:
         """Load the faces once; stages share them."""
@@ -146,7 +149,8 @@ class FaceDeblurData(LightningDataModule):
         order = PairOrder(len(self.train_set), self.batch_size, self.train_size, self.seed, *self._rank_and_world())
         about = {"faces": self.card.sha256 if self.card else None, "n": len(self.train_set), "size": self.size}
         about |= {"batch_size": self.batch_size, "train_size": self.train_size, "seed": self.seed}
-        return PairLoader(self.train_set, order, self.num_workers, about)
+        self._loader = PairLoader(self.train_set, order, self.num_workers, about)
+        return self._loader
 
     def val_dataloader(self) -> DataLoader:
         """Validation crops."""
@@ -170,10 +174,23 @@ class FaceDeblurData(LightningDataModule):
         sharp_BCSS = crops.crops_BCSS.float() / 255
         if crops.motion == TRAIN:
             sharp_BCSS = augment(sharp_BCSS, crops.key_B, self.augmentation)
-        kernels_BKK = motion_kernels(self.motions[crops.motion], crops.key_B, self.size)
+        kernels_BKK = self._kernels(crops)
         blurred_BCSS = photograph(sharp_BCSS, kernels_BKK, self.camera, crops.key_B)
         blurred, sharp = self._core(blurred_BCSS), self._core(sharp_BCSS)
         return Pairs(blurred, sharp, crops.index_B, kernels_BKK)
+
+    def _kernels(self, crops: Crops) -> Tensor:
+        """The kernels of a batch. A kernel has the same bits in any batch, and small batches cost as much as large ones: in
+        training those of the coming batches are drawn too, and kept until their turn comes.
+        """
+        law, keys = self.motions[crops.motion], crops.key_B.tolist()
+        if crops.motion != TRAIN or self._loader is None:
+            return motion_kernels(law, crops.key_B, self.size)
+        if any(key not in self._ahead for key in keys):
+            batches = -(-AHEAD // max(1, len(keys)))
+            coming_B = torch.cat([crops.key_B, self._loader.coming(batches).to(crops.key_B.device)])
+            self._ahead = dict(zip(coming_B.tolist(), motion_kernels(law, coming_B, self.size), strict=True))
+        return torch.stack([self._ahead[key] for key in keys])
 
     def _core(self, images_BCHW: Tensor) -> Tensor:
         """The picture proper, in the middle of a crop; of what a "valid" convolution left, what is left of it."""

@@ -64,12 +64,16 @@ class Operand:
 
 @dataclass(frozen=True)
 class Design:
-    """How many seeds, whether they are paired, the two-sided alpha of the paper's claims together, and the test."""
+    """How many seeds, whether they are paired, the two-sided alpha of the paper's claims together, and the test.
+
+    Test "crossed": for metrics that are means over test images, whose values are in the runs' images.csv; both seeds and
+    images are taken for drawn from more of their kind. For comparisons, and for orderings of pairs.
+    """
 
     seeds: int = 6
     paired: bool = True
     alpha: float = 0.05
-    test: Literal["t", "sign_flip"] = "t"
+    test: Literal["t", "sign_flip", "crossed"] = "t"
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,7 @@ class Figure:
         "advantage",
         "survival",
         "load",
+        "blur",
         "gallery",
         "strength",
     ]
@@ -181,6 +186,21 @@ class PaperSpec:
     def in_profile(self, profile: str) -> PaperSpec:
         """Return the same claims, tables and figures on the data that this profile has in the place of the ones named."""
         taken = self.data_in.get(profile, {})
+        return _with_data(self, taken) if taken else self
+
+    def on_data(self, taken: Mapping[str, str]) -> PaperSpec:
+        """Return the same claims, tables and figures with some data sets in the place of others.
+
+        Args:
+            taken: by the name of the set whose place is taken.
+        Raises:
+            ClaimError: no claim, table or figure of the paper is of that set.
+        """
+        known = {operand.data for claim in self.claims for operand in claim.operands}
+        known |= {column.data for table in self.tables for column in table.columns}
+        for name in taken:
+            if name not in known:
+                raise ClaimError(f"{self.key}: no claim is of data set '{name}'{nearest(name, known)}")
         return _with_data(self, taken) if taken else self
 
     def required(self, profile: str) -> list[tuple[str, str]]:

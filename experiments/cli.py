@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from experiments.deblur.cli import app as deblurring
 from experiments.upcycle.cli import app as upcycling
+from sweeps.cli import app as sweeping
 
 app = typer.Typer(
     help="Reproduce five papers' ablations, with verdicts, and see where each number came from.",
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.add_typer(upcycling)
 app.add_typer(deblurring)
+app.add_typer(sweeping)
 console = Console(emoji=False)
 
 Paper = Annotated[str, typer.Argument(help="Paper number 1 to 5, its key, or 'all'.")]
@@ -34,6 +36,10 @@ OnlyData = Annotated[list[str] | None, typer.Option("--data", help="Only this da
 Trainer = Annotated[
     str,
     typer.Option(help="Where cells run: cpu, gpu (one), ddp or fsdp (all GPUs), fsdp_cpu (two cores)."),
+]
+Instead = Annotated[
+    list[str] | None,
+    typer.Option(help="OTHER=NAME: take data set NAME in the place of the paper's OTHER, such as faces=lfw (paper 2)."),
 ]
 OnlyTable = Annotated[list[str] | None, typer.Option("--table", help="Only what this table needs; may be repeated.")]
 Stale = Annotated[bool, typer.Option("--rerun-stale", help="Run cells again whose code or settings have changed.")]
@@ -51,6 +57,7 @@ def plan(
     table: OnlyTable = None,
     trainer: Trainer = "cpu",
     model: Model = "",
+    instead: Instead = None,
     rerun_stale: Stale = False,
 ) -> None:
     """Show what is done, stale, failed and to do, with parameters, operations and an ETA. Runs nothing."""
@@ -58,8 +65,8 @@ def plan(
     from experiments.executors import default_jobs
     from experiments.summary import print_plan
 
-    selection = _selection(profile, seeds, seed, only, data, trainer, table, model)
-    for spec in _specs(paper, profile):
+    selection = _selection(profile, seeds, seed, only, data, trainer, table, model, instead)
+    for spec in _specs(paper, profile, instead):
         found = graph.plan(spec, selection, _places(profile).runs, rerun_stale)
         print_plan(console, found, jobs or default_jobs(found.nodes[0].cell.config["trainer"]))
 
@@ -76,15 +83,23 @@ def reproduce(
     table: OnlyTable = None,
     trainer: Trainer = "cpu",
     model: Model = "",
+    instead: Instead = None,
     rerun_stale: Stale = False,
 ) -> None:
     """Run what a paper's claims need and is not done yet, then write tables, figures and verdicts."""
     from experiments.reproduce import Reproduction
 
     status = 0
-    selection = _selection(profile, seeds, seed, only, data, trainer, table, model)
-    for spec in _specs(paper, profile):
-        status |= Reproduction(spec, selection, _places(profile), console, jobs, rerun_stale).run()
+    selection = _selection(profile, seeds, seed, only, data, trainer, table, model, instead)
+    specs = _specs(paper, profile, instead)
+    for spec in specs:
+        try:
+            status |= Reproduction(spec, selection, _places(profile), console, jobs, rerun_stale).run()
+        except _mendable() as error:  # of several papers the others go on: one may want data that are not here
+            if len(specs) == 1:
+                raise
+            console.print(f"[bold]Paper {spec.number}:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+            status |= 1
     raise typer.Exit(status)
 
 
@@ -176,19 +191,6 @@ def bench() -> None:
     run_bench(_places("small").results / "bench")
 
 
-@app.command()
-def sweep(paper: Paper, profile: Profile = "small", seeds: Seeds = None, jobs: Jobs = None) -> None:
-    """Optuna sweep over a paper's search space."""
-    from experiments.errors import UserError
-    from experiments.summary import from_shell
-
-    for spec in _specs(paper, profile):
-        raise UserError(
-            f"paper {spec.number} ({spec.key}) has no Optuna search space yet; "
-            f"its grids run by `{from_shell('python')} -m sweeps.grid {spec.key} NAME`, see sweeps/spaces/{spec.key}/"
-        )
-
-
 def main() -> None:
     """Entry point: errors that a user can mend are one message, not a traceback."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -210,13 +212,15 @@ def _mendable() -> tuple[type[Exception], ...]:
     return UserError, DataUnavailable, UnknownData
 
 
-def _specs(paper: str, profile: str) -> list:
+def _specs(paper: str, profile: str, instead: Iterable[str] | None = None) -> list:
     from experiments.claims import KNOWN_PAPERS, available_papers, load_paper
     from experiments.errors import UserError
     from experiments.schema import nearest
 
     available = available_papers()
     if paper == "all":
+        if instead:
+            raise UserError("--instead is of one paper's data: name that paper")
         has = [key for _, key in sorted(available.items()) if profile in _stems(f"profile/{key}")]
         return [load_paper(key).in_profile(profile) for key in has]
     if paper.isdigit() and int(paper) in KNOWN_PAPERS:
@@ -226,10 +230,22 @@ def _specs(paper: str, profile: str) -> list:
     if paper not in available.values():
         ready = ", ".join(f"{number} ({key})" for number, key in sorted(available.items()))
         raise UserError(f"paper '{paper}' is not part of the suite yet; what there is: {ready}")
-    return [load_paper(paper).in_profile(profile)]
+    return [load_paper(paper).on_data(_pairs(instead or ())).in_profile(profile)]
 
 
-def _selection(profile, seeds, seed=None, only=None, data=None, trainer="cpu", table=None, model=""):
+def _pairs(instead: Iterable[str]) -> dict[str, str]:
+    """What is given as OTHER=NAME, by OTHER; names that are data sets."""
+    from experiments.errors import UserError
+
+    pairs = dict(text.partition("=")[::2] for text in instead)
+    for other, name in pairs.items():
+        if not other or not name:
+            raise UserError(f"--instead takes OTHER=NAME, such as faces=lfw; got '{other}{name}'")
+    _check("data set", pairs.values(), _stems("data"))
+    return pairs
+
+
+def _selection(profile, seeds, seed=None, only=None, data=None, trainer="cpu", table=None, model="", instead=None):
     """What was asked for, every name checked that does not depend on the paper."""
     from experiments.claims import PROFILES
     from experiments.graph import Selection
@@ -243,7 +259,7 @@ def _selection(profile, seeds, seed=None, only=None, data=None, trainer="cpu", t
         "data": tuple(data or ()),
         "table": tuple(table or ()),
     }
-    return Selection(profile, seeds, trainer=trainer, model=model, **chosen)
+    return Selection(profile, seeds, trainer=trainer, model=model, instead=tuple(sorted(instead or ())), **chosen)
 
 
 def _check(what: str, names: Iterable[str], known: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from experiments import stats
 from experiments.claims import Claim, Metric, Operand, PaperSpec
 from experiments.numbers import signed
+from experiments.per_image import image_values
 from experiments.records import Record
 from experiments.stats import Estimate
 
@@ -78,6 +79,18 @@ class Runs:
             raise NotAssessable(f"{metric} was not measured for {ablation} on {data}, seed {', '.join(missing)}")
         return np.array([r.metrics[metric] for r in records])
 
+    def images(self, *operands: Operand) -> list[np.ndarray]:
+        """Each operand's metric (seeds, images), on the images that have a value in every run of all operands."""
+        runs = [
+            [image_values(record, operand.metric) for record in self.by_cell[self.chosen(operand), operand.data]]
+            for operand in operands
+        ]
+        common = sorted(set.intersection(*(set(values) for side in runs for values in side)))
+        if len(common) < 2:
+            names = " and ".join(operand.metric for operand in operands)
+            raise NotAssessable(f"{len(common)} test images have a value of {names} in every run")
+        return [np.array([[values[image] for image in common] for values in side]) for side in runs]
+
     def mean(self, ablation: str, data: str, metric: str) -> float:
         """The mean over seeds of any metric of a cell."""
         return float(self._metric(ablation, data, metric).mean())
@@ -130,6 +143,8 @@ def _against(estimate: Estimate, margin: float) -> bool:
 def _paired(claim: Claim, runs: Runs, a: Operand, b: Operand, alpha: float) -> tuple[Estimate, float]:
     x, y = (_scaled(claim, runs.values(operand)) for operand in (a, b))
     metric = runs.spec.metric(a.metric)
+    if claim.design.test == "crossed":
+        return _crossed(claim, runs, alpha, a, b)
     if not claim.design.paired:
         return stats.welch(*((y, x) if metric.direction == "lower" else (x, y)), claim.margin, alpha)
     if len(x) != len(y):
@@ -138,6 +153,16 @@ def _paired(claim: Claim, runs: Runs, a: Operand, b: Operand, alpha: float) -> t
     estimate = stats.t_estimate(gaps, alpha)
     p = stats.TESTS[claim.design.test](gaps, claim.margin) if len(gaps) > 1 else 1.0
     return estimate, p
+
+
+def _crossed(claim: Claim, runs: Runs, alpha: float, a: Operand, b: Operand | None = None) -> tuple[Estimate, float]:
+    """Another operand, or a number, against the first, image by image."""
+    operands = [a] if b is None else [a, b]
+    x, *rest = runs.images(*operands)
+    y = rest[0] if rest else np.full_like(x, claim.against or 0.0)
+    if x.shape != y.shape:
+        raise NotAssessable(f"the sides have {len(x)} and {len(y)} seeds: they cannot be paired")
+    return stats.crossed(_oriented(runs.spec.metric(a.metric), x, y), claim.margin, alpha)
 
 
 def _scaled(claim: Claim, values: np.ndarray) -> np.ndarray:
@@ -194,8 +219,11 @@ def _against_number(claim: Claim, number: float, runs: Runs) -> Evidence:
     values = runs.values(a)
     metric = runs.spec.metric(a.metric)
     gaps = _oriented(metric, values, np.full_like(values, number))
-    estimate = stats.t_estimate(gaps, claim.design.alpha)
-    p = stats.TESTS[claim.design.test](gaps, claim.margin) if len(gaps) > 1 else 1.0
+    if claim.design.test == "crossed":
+        estimate, p = _crossed(claim, runs, claim.design.alpha, a)
+    else:
+        estimate = stats.t_estimate(gaps, claim.design.alpha)
+        p = stats.TESTS[claim.design.test](gaps, claim.margin) if len(gaps) > 1 else 1.0
     finding = f"{runs.chosen(a)} has {values.mean():.4g} {metric.unit} on average, against {number:g}"
     return Evidence(estimate, p, _against(estimate, claim.margin), True, finding)
 

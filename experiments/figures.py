@@ -23,7 +23,7 @@ from experiments.figure_style import (
     side_style,
 )
 from experiments.figures_convergence import curves, gains, rate
-from experiments.figures_deblur import gallery, strength
+from experiments.figures_deblur import blur, gallery, strength
 from experiments.figures_experts import advantage, load, survival
 from experiments.records import Record
 from experiments.stats import t_estimate
@@ -63,6 +63,7 @@ def draw(
         "advantage": advantage,
         "survival": survival,
         "load": load,
+        "blur": blur,
         "gallery": gallery,
         "strength": strength,
     }

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Rectangle
 
@@ -15,7 +16,7 @@ from experiments.records import Record
 
 PICTURES = "pictures.npz"
 FACES = 5  # rows of the gallery
-BOX, POINT = "#00e05a", "#ffd400"
+BOX, POINT, PATH = "#00e05a", "#ffd400", "#38b6ff"
 Pictures = Mapping[str, np.ndarray]
 
 
@@ -70,6 +71,38 @@ def strength(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> C
     axes.set_ylabel(spec.metric(f"strength/{edges[0]:g}/{measure}/restored").label.split(",")[0] + " (%)")
     axes.set_title(figure.title)
     canvas.legend(loc="outside lower center", ncols=3, frameon=False)
+    return canvas
+
+
+MOTIONS = ("training", "near_linear", "deblurgan")  # rows of `blur`
+MOTIONS_SHOWN = 8
+SIDE = 64  # of the image that kernels are drawn for
+
+
+def blur(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Canvas:
+    """What the pictures are blurred with: the first kernels of each law, on one scale, with the path of the camera."""
+    from datamodules.blur import kernel_extent, motion_kernels, preset, trajectories
+    from datamodules.counter_random import key_of
+
+    canvas, grid = plt.subplots(
+        len(MOTIONS), MOTIONS_SHOWN, figsize=(7.1, 0.94 * len(MOTIONS) + 0.2), squeeze=False,
+        gridspec_kw={"wspace": 0.06, "hspace": 0.12},
+    )  # fmt: skip
+    keys_B = key_of(0, "figure", torch.arange(MOTIONS_SHOWN))
+    reach = 0.17 * SIDE
+    for name, axes_row in zip(MOTIONS, grid, strict=True):
+        law = preset(name)
+        kernels_BKK, paths_BM2 = motion_kernels(law, keys_B, SIDE), trajectories(law, keys_B, SIDE)
+        extents = (kernel_extent(kernels_BKK) / SIDE).tolist()
+        for axes, kernel_KK, path_M2, extent in zip(axes_row, kernels_BKK, paths_BM2, extents, strict=True):
+            half = kernel_KK.shape[-1] / 2
+            brightest = float(kernel_KK.max())
+            axes.set_facecolor("black")
+            axes.imshow(kernel_KK.sqrt(), cmap="gray", vmin=0, vmax=brightest**0.5, extent=(-half, half, half, -half))
+            axes.plot(*path_M2.T.numpy(), color=PATH, linewidth=0.6)
+            axes.set(xlim=(-reach, reach), ylim=(reach, -reach), xticks=[], yticks=[])
+            axes.text(0.04, 0.05, f"{100 * extent:.0f} %", transform=axes.transAxes, fontsize=6, color="white")
+        axes_row[0].set_ylabel(name.replace("_", "-"), fontsize=8)
     return canvas
 
 

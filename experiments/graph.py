@@ -80,6 +80,7 @@ class Selection:
     trainer: str = "cpu"  # a file of conf/trainer
     table: tuple[str, ...] = ()
     model: str = ""  # a file of conf/model/<paper>, in the place of the profile's
+    instead: tuple[str, ...] = ()  # OTHER=NAME of data sets that the paper's claims have been put on
 
 
 def keys_for(spec: PaperSpec, selection: Selection) -> list[CellKey]:

@@ -1,27 +1,26 @@
-"""A cell on several devices: a process for each, started and watched by the one that holds the cell."""
+"""A cell on several devices: a process for each, started and watched by torch's own launcher."""
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
 import socket
 import sys
 import threading
-import time
-import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from torch.multiprocessing import ProcessContext, ProcessException, ProcessExitedException, start_processes
+
 from experiments.cell import Cell
 from experiments.executors import SINGLE_THREADED, die_with_parent, interrupt
-from experiments.store import read_json, write_json
 
 Body: TypeAlias = Callable[[Cell, Path, Any, tuple[str, str] | None], None]
+GRACE_S = 2.0  # for a process that is asked to end; those that wait for the failed one inside a collective cannot hear
 
 
 class RankFailed(RuntimeError):
@@ -41,68 +40,51 @@ def run_ranks(body: Body, cell: Cell, folder: Path, store: Any, parent: tuple[st
     Raises:
         RankFailed: what the first that failed said.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.run", cell.config["module"]["_target_"].rpartition(".")[0]])
-    port = _free_port()
-    for file in folder.glob(".rank*.json"):
-        file.unlink()
-    ranks = [
-        context.Process(target=_rank, args=(body, cell, folder, store, parent, rank, count, port), name=f"rank {rank}")
-        for rank in range(count)
-    ]
-    died: dict[int, int] = {}  # by rank, with what: only those that ended before they were asked to
+    # torch takes the context of the whole process, whose server then starts quickly
+    preload = ["experiments.run", cell.config["module"]["_target_"].rpartition(".")[0]]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
+    arguments = (body, cell, folder, store, parent, count, _free_port())
+    context = start_processes(_rank, arguments, count, join=False, start_method="forkserver")
+    assert context is not None
     try:
-        for process in ranks:
-            process.start()
-        running = dict(enumerate(ranks))
-        while running and not died:
-            wait([process.sentinel for process in running.values()])
-            codes = {rank: process.exitcode for rank, process in running.items()}
-            running = {rank: process for rank, process in running.items() if codes[rank] is None}
-            died = {rank: code for rank, code in codes.items() if code}
+        while not context.join(grace_period=GRACE_S):
+            pass
+    except ProcessException as error:
+        raise _failure(error, count) from None
     finally:
-        _stop(ranks)
-    if died:
-        raise _failure(folder, died, count)
+        _stop(context)
 
 
-def _stop(ranks: Sequence[BaseProcess]) -> None:
-    """End what still runs: the first process is asked, so that it can close its tracker's run, the others are not."""
-    started = [process for process in ranks if process.pid is not None]
-    for rank, process in enumerate(started):
-        process.terminate() if rank == 0 else process.kill()
-    for process in started:
-        process.join(timeout=5)
-        if process.exitcode is None:
+def _stop(context: ProcessContext) -> None:
+    """End what still runs when this process was interrupted: they are asked, so that the tracker's run is closed."""
+    running = [process for process in context.processes if process.is_alive()]
+    for process in running:
+        process.terminate()
+    for process in running:
+        process.join(timeout=2 * GRACE_S)
+        if process.is_alive():
             process.kill()
             process.join()
 
 
-def _failure(folder: Path, died: Mapping[int, int], count: int) -> RankFailed:
-    """What the first process to fail has left, or how it died."""
-    left = [(read_json(file), file) for file in folder.glob(".rank*.json")]
-    for _, file in left:
-        file.unlink()
-    if left:
-        first = min((said for said, _ in left), key=lambda said: said["time"])
-        error = RankFailed(f"process {first['rank'] + 1} of {count}: {first['error']}")
-        error.add_note(first["traceback"])
-        return error
-    rank, code = min(died.items())
-    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-    return RankFailed(f"process {rank + 1} of {count} ended with {name}{hint}")
+def _failure(error: ProcessException, count: int) -> RankFailed:
+    """The failure of a process in one line, its traceback as a note."""
+    name = f"process {error.error_index + 1} of {count}"
+    if isinstance(error, ProcessExitedException):
+        how = error.signal_name or f"exit code {error.exit_code}"
+        return RankFailed(f"{name} ended with {how}" + " (out of memory?)" * (how == "SIGKILL"))
+    _, _, said = str(error).partition("terminated with the following error:\n")
+    # the error itself, of as many lines as it has, is what follows the last frame's
+    lines = said.rstrip().splitlines()
+    frame = max((number for number, line in enumerate(lines) if line.startswith('  File "')), default=-1)
+    lines = list(itertools.dropwhile(lambda line: line.startswith("  "), lines[frame + 1 :]))
+    failed = RankFailed(f"{name}: " + "\n".join(lines))
+    failed.add_note(said)
+    return failed
 
 
 def _rank(
-    body: Body,
-    cell: Cell,
-    folder: Path,
-    store: Any,
-    parent: tuple[str, str] | None,
-    rank: int,
-    count: int,
-    port: int,
+    rank: int, body: Body, cell: Cell, folder: Path, store: Any, parent: tuple[str, str] | None, count: int, port: int
 ) -> None:
     """Body of one of the processes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -113,12 +95,7 @@ def _rank(
     if cell.config["trainer"]["accelerator"] == "cpu" and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's name need not lead to an address
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # where it is left out, all processes log the same
-    try:
-        body(cell, folder, store if rank == 0 else None, parent)
-    except Exception as error:
-        said = {"rank": rank, "time": time.time(), "error": f"{type(error).__name__}: {error}"}
-        write_json(folder / f".rank{rank}.json", said | {"traceback": "".join(traceback.format_exception(error))})
-        sys.exit(1)
+    body(cell, folder, store if rank == 0 else None, parent)
 
 
 def _free_port() -> int:

@@ -112,7 +112,7 @@ class Reproduction:
         Raises:
             UserError: cells that results/ would have to show are not finished; what is there stays as it is.
         """
-        from experiments import report
+        from experiments import page, report
 
         records = self.records()
         verdicts = judge(self.spec, records, self.selection.profile)
@@ -120,7 +120,7 @@ class Reproduction:
             return [verdict.to_dict() for verdict in _about(verdicts, records)]
         self._refuse_unfinished(records)
         report.write_paper(self.spec, records, verdicts, self.results / self.spec.key)
-        report.write_html([(self.spec, records, verdicts)], self.results / "report.html")
+        page.write_html([(self.spec, records, verdicts)], self.results / "report.html")
         self._summarise_in_tracker(records)
         write_json(self._stamp, {"inputs": self._inputs(records)})
         return [verdict.to_dict() for verdict in verdicts]
@@ -143,14 +143,15 @@ class Reproduction:
 
     @cached_property
     def results(self) -> Path:
-        """Where this reproduction's results go: with another model than the profile's, or fewer or more seeds, to a folder
-        under runs/, so that they never take the place of the profile's own.
+        """Where this reproduction's results go: with another model or other data than the profile's, or fewer or more seeds,
+        to a folder under runs/, so that they never take the place of the profile's own.
         """
         seeds, chosen = self.selection.seeds, Selection(self.selection.profile, model=self.selection.model)
         usual = seeds is None or seeds == len({key.seed for key in keys_for(self.spec, chosen)})
-        if usual and not chosen.model:
+        others = [chosen.model] * bool(chosen.model) + [text.partition("=")[2] for text in self.selection.instead]
+        if usual and not others:
             return self.places.results
-        name = f"results-{chosen.profile}" + (f"+{chosen.model}" if chosen.model else "")
+        name = "+".join([f"results-{chosen.profile}", *others])
         return self.places.runs / (name if usual else f"{name}-{seeds}-seeds")
 
     @property

@@ -155,6 +155,40 @@ def cluster_bootstrap(
     return Estimate(float(np.mean(center)), float(np.std(center, ddof=1)), len(groups), float(low), float(high))
 
 
+def crossed(
+    values_SI: Sequence[Sequence[float]] | np.ndarray, margin: float = 0.0, alpha: float = 0.05
+) -> tuple[Estimate, float]:
+    """Return the mean of values of seeds on the same images, and its one-sided p above `margin`: for other seeds and images.
+
+    Seeds and images are both drawn from more of their kind, and crossed: every seed is tested on all images. The variance of
+    the mean is that of the seeds' means over S plus that of the images' means over I (what a bootstrap over images comes
+    to), which counts the variance within a seed and image twice and so errs on the safe side; freedom by Satterthwaite.
+
+    Args:
+        values_SI: (seeds, images), at least 2 of each, finite.
+        margin, alpha: as for `welch`.
+    Returns:
+        The estimate, whose sd is that over seeds, and the p value.
+    Raises:
+        ValueError: fewer than 2 seeds or images, or a value that is not finite.
+    """
+    table = np.asarray(values_SI, dtype=float)
+    if table.ndim != 2 or min(table.shape) < 2:
+        raise ValueError(f"at least 2 seeds and 2 images are needed, got {table.shape}")
+    if not np.isfinite(table).all():
+        raise ValueError("values must be finite; an image without a value is left out, not given as NaN")
+    mean, n = float(table.mean()), table.shape
+    parts = [float(table.mean(axis=1 - axis).var(ddof=1)) / n[axis] for axis in (0, 1)]
+    error, spread = math.sqrt(sum(parts)), float(table.mean(axis=1).std(ddof=1))
+    if error <= 1e-12 * max(1.0, abs(mean)):
+        return Estimate(mean, 0.0, n[0], mean, mean), 0.0 if mean > margin + 1e-12 else 1.0
+    freedom = error**4 / sum(part**2 / (count - 1) for part, count in zip(parts, n, strict=True))
+    half = float(_student().ppf(1 - alpha / 2, freedom)) * error
+    return Estimate(mean, spread, n[0], mean - half, mean + half), float(
+        _student().sf((mean - margin) / error, freedom)
+    )
+
+
 def prediction_interval(values: Values, alpha: float = 0.05) -> tuple[float, float]:
     """Return the interval that one further value of the same kind falls into with probability 1 - alpha (Student).
 
@@ -195,9 +229,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def least_p(test: str, n: int) -> float:
-    """Return the smallest one-sided p that a design can give: 1 / 2 ** n for the sign-flip test, 0 for a t test.
+    """Return the smallest one-sided p that a design can give: 1 / 2 ** n for the sign-flip test, 0 for the others.
 
-    A t test of fewer than 2 differences gives none, which counts as 1.
+    Those of fewer than 2 differences give none, which counts as 1.
     """
     if test == "sign_flip":
         return 0.5**n if n else 1.0

@@ -20,7 +20,7 @@ from datamodules.blur_kernels import kernel_extent
 from datamodules.blur_motion import FACE_WIDTH
 from lit_modules.face_judge import FaceJudge
 from lit_modules.nets.perceptual import perceptual
-from lit_modules.ops.detection import Faces, FaceScores, indicators, join_scores, recovery, score_faces
+from lit_modules.ops.detection import THRESHOLDS, Faces, FaceScores, indicators, join_scores, recovery, score_faces
 from lit_modules.ops.image_quality import psnr, ssim
 
 VERSIONS = ("blurred", "restored")
@@ -40,7 +40,8 @@ class DeblurReport:
     Of the first set: `strength/<edge>/…` the same for blur from that many face widths on up to the next edge, and
     `unblurred/psnr/restored`, what is left of an image that was sharp.
     `speed/images_per_second` in batches, and `speed/latency_ms` of a single image, on the device at hand.
-    images.csv in the run's folder has a row per image, pictures.npz the first images of the first set.
+    images.csv in the run's folder has a row per image of each set and of each bin of strength, in columns named like the
+    metrics, which are their means; pictures.npz has the first images of the first set.
 
     Args:
         judge: whether MTCNN looks at the images.
@@ -80,7 +81,9 @@ class DeblurReport:
             if self.features is not None:
                 columns[f"{self.features.name}/{version}"] = self.features.perceptual_distance(x_BCHW, pairs.sharp)
         if number == 0:
-            columns["psnr/unblurred"] = psnr(self._timed(restore, pairs.sharp), pairs.sharp)
+            left_B = psnr(self._timed(restore, pairs.sharp), pairs.sharp).tolist()
+            rows = zip(pairs.index.tolist(), left_B, strict=True)
+            self.rows += [{"set": "unblurred", "index": int(index), "psnr/restored": left} for index, left in rows]
             self._keep(pairs, restored_BCHW)
         if self.judge is not None:
             sharp, blurred = self.judge.detect_kept(pairs.sharp), self.judge.detect_kept(pairs.blurred)
@@ -91,6 +94,11 @@ class DeblurReport:
                 scores = score_faces(faces, sharp)
                 self.scores[name].setdefault(version, []).append(scores)
                 columns[f"prob/{version}"], columns[f"iou/{version}"] = 100 * scores.prob_B, 100 * scores.iou_B
+                for t in THRESHOLDS:
+                    found_B = 100 * (scores.prob_B >= t).double()
+                    columns[f"detected_{t:g}/{version}"] = found_B.where(scores.counted_B, torch.nan)
+        for measure in ("psnr", "ssim", self.features.name if self.features is not None else "ssim"):
+            columns[f"{measure}/gain"] = columns[f"{measure}/restored"] - columns[f"{measure}/blurred"]
         for at, index in enumerate(pairs.index.tolist()):
             values = {column: float(value_B[at]) for column, value_B in columns.items()}
             self.rows.append({"set": name, "index": int(index), **values})
@@ -103,9 +111,9 @@ class DeblurReport:
             scores = {version: join_scores(parts) for version, parts in self.scores[name].items()}
             found |= self._summary(name, rows, scores, torch.ones(len(rows), dtype=torch.bool))
         found |= self._by_strength()
-        sharp = [row["psnr/unblurred"] for row in self.rows if np.isfinite(row.get("psnr/unblurred", np.nan))]
-        if sharp:
-            found["unblurred/psnr/restored"] = float(np.mean(sharp))
+        left = [row["psnr/restored"] for row in self.rows if row["set"] == "unblurred"]
+        if finite := [value for value in left if np.isfinite(value)]:
+            found["unblurred/psnr/restored"] = float(np.mean(finite))
         if self.clock:
             images, seconds = (sum(column) for column in zip(*self.clock, strict=True))
             found["speed/images_per_second"] = images / seconds
@@ -141,8 +149,11 @@ class DeblurReport:
         for low, high in zip(STRENGTHS, (*STRENGTHS[1:], float("inf")), strict=True):
             chosen_B = (extent_B >= low) & (extent_B < high)
             if chosen_B.any():
-                found |= self._summary(f"strength/{low:g}", rows, scores, chosen_B)
-                found[f"strength/{low:g}/n"] = float(chosen_B.sum())
+                name = f"strength/{low:g}"
+                found |= self._summary(name, rows, scores, chosen_B)
+                found[f"{name}/n"] = float(chosen_B.sum())
+                picked = [row for row, choose in zip(rows, chosen_B.tolist(), strict=True) if choose]
+                self.rows += [{**row, "set": name} for row in picked]
         return found
 
     def _timed(self, restore: Restore, images_BCHW: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ class FaceDeblur(LightningModule):
         clip: largest norm of the generator's gradient; 0 for no limit.
         seed: of the critic's first weights.
     Logs: `val/psnr` and `val/gain`, over the blurred images, in dB; `val/batches` seen so far, by which the last epoch is
-        chosen; all that the report measures.
+        chosen; after the last epoch, with a judge, `val/confidence`, MTCNN's mean probability in percent; all that the
+        report measures.
     Raises:
         ValueError: a weight below 0, a decay outside [0, 1), an adversarial weight without a critic or the reverse.
     Source: arXiv 2103.02121, whose body is not known; losses and game after DeblurGAN (arXiv 1711.07064) and DeblurGAN-v2
@@ -106,7 +107,7 @@ class FaceDeblur(LightningModule):
         scales = len(getattr(self.critic, "critics", [None]))
         self.pools = nn.ModuleList([ScorePool(pool, scales) for _ in ("real", "fake")]) if pool else None
         self.averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
-        self.val_psnr, self.val_blurred = MeanMetric(), MeanMetric()
+        self.val_psnr, self.val_blurred, self.val_confidence = MeanMetric(), MeanMetric(), MeanMetric()
         self.batches = 0  # seen so far: Lightning's own count is of optimiser steps
 
     def forward(self, blurred_BCHW: Tensor) -> Tensor:
@@ -173,14 +174,20 @@ class FaceDeblur(LightningModule):
             self.log("train/critic", loss.detach())
 
     def validation_step(self, pairs: Any, batch_idx: int) -> None:
-        self.val_psnr.update(psnr(self(pairs.blurred), pairs.sharp))
+        restored = self(pairs.blurred)
+        self.val_psnr.update(psnr(restored, pairs.sharp))
         self.val_blurred.update(psnr(pairs.blurred, pairs.sharp))
+        if self.report.judge is not None and self.trainer.current_epoch + 1 == self.trainer.max_epochs:
+            scores = self.report.judge.score(restored, pairs.sharp)
+            self.val_confidence.update(100 * scores.prob_B[scores.counted_B].to(self.device, torch.float32))
 
     def on_validation_epoch_end(self) -> None:
         restored, blurred = (metric.compute() for metric in (self.val_psnr, self.val_blurred))
         self.log_dict({"val/psnr": restored, "val/gain": restored - blurred, "val/batches": float(self.batches)})
-        self.val_psnr.reset()
-        self.val_blurred.reset()
+        if self.val_confidence.update_called:
+            self.log("val/confidence", self.val_confidence.compute())
+        for metric in (self.val_psnr, self.val_blurred, self.val_confidence):
+            metric.reset()
 
     def on_test_epoch_start(self) -> None:
         self.report.start(self.trainer.datamodule.test_names)  # type: ignore[attr-defined]

@@ -67,7 +67,8 @@ class FaceJudge:
         """Return the same for images that every run looks at, such as a test set's blurred ones: answered from a file."""
         bytes_BCHW = as_bytes(images_BCHW)
         key = hashlib.sha256(bytes_BCHW.cpu().numpy().tobytes()).hexdigest()
-        key = f"{key} {tuple(bytes_BCHW.shape)} {self.side} {version('facenet-pytorch')} {version('torch')}"
+        key = f"{key} {tuple(bytes_BCHW.shape)} {self.side} {version('facenet-pytorch')} {version('torch')} "
+        key += images_BCHW.device.type  # other hardware rounds otherwise
 
         def make() -> tuple[dict[str, np.ndarray], str]:
             found = self.detect(bytes_BCHW)

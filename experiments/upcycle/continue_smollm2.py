@@ -9,6 +9,7 @@ and 6 GB for E=4 (373 million parameters); with 2 sequences of 128 tokens the wh
 from __future__ import annotations
 
 import csv
+import io
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 from datamodules.text import load_documents
 from experiments.errors import UserError
+from experiments.store import write_atomically
 from experiments.upcycle.measure import require_transformers
 from experiments.upcycle.smollm2 import smollm2_net, smollm2_source
 from lit_modules.moe_upcycling import parameter_groups
@@ -92,8 +94,8 @@ def run(setting: Setting, file: Path | None = None, say: Callable[[Row], None] =
         for row in train(arm, net, train_WS, val_WS, setting):
             say(row)
             rows.append(row)
-    if file is not None:
-        write_csv(file, rows)
+            if file is not None:
+                write_csv(file, rows)  # after every row: a run of hours leaves what it has if it is stopped
     return rows
 
 
@@ -130,10 +132,11 @@ def evaluate(net: Transformer, windows_WS: Tensor) -> float:
 
 def write_csv(file: Path, rows: list[Row]) -> None:
     """Write rows under the names of their fields."""
-    with open(file, "w", newline="") as handle:
-        writer = csv.DictWriter(handle, list(Row.__dataclass_fields__))
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, list(Row.__dataclass_fields__), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    write_atomically(file, out.getvalue())
 
 
 def parent() -> tuple[Transformer, Any]:

@@ -158,6 +158,10 @@ def test_a_profile_takes_other_data_everywhere(tmp_path: Path) -> None:
     assert (other.figures[0].data, other.figures[0].metric) == ("fashion_mnist", "test/acc")
     assert spec.required("paper")[0] == ("a", "mnist")  # the one that was read has not changed
     assert other.metrics == spec.metrics
+    chosen = spec.on_data({"cifar10": "fashion_mnist"})
+    assert chosen.required("paper") == [("a", "mnist"), ("b", "mnist"), ("a", "fashion_mnist"), ("x", "mnist")]
+    with pytest.raises(ClaimError, match=r"no claim is of data set 'mnits'.*nearest valid: 'mnist'"):
+        spec.on_data({"mnits": "fashion_mnist"})
 
 
 MOE = load_paper("moe_upcycling")

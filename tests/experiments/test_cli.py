@@ -38,6 +38,10 @@ def fivefold(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     ("arguments", "words"),
     [
         ("reproduce 3 --data mnits", "unknown data set 'mnits' (nearest valid: 'mnist')"),
+        ("reproduce 2 --instead faces=lwf", "unknown data set 'lwf' (nearest valid: 'lfw')"),
+        ("plan 2 --instead lfw", "--instead takes OTHER=NAME, such as faces=lfw; got 'lfw'"),
+        ("plan 2 --instead face=lfw", "no claim is of data set 'face' (nearest valid: 'faces')"),
+        ("reproduce all --instead faces=lfw", "--instead is of one paper's data: name that paper"),
         ("plan 3 --data mnist --data cifar-10", "unknown data set 'cifar-10' (nearest valid: 'cifar10')"),
         ("plan 3 --profile smal", "unknown profile 'smal' (nearest valid: 'small')"),
         ("report --profile smal", "unknown profile 'smal' (nearest valid: 'small')"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from factory import claim, operand, paper, record, table
 
-from experiments import figures, report, tables
+from experiments import figures, page, report, tables
 from experiments.claims import Figure
 from experiments.verdict import VERDICTS, estimates, judge
 
@@ -51,7 +51,7 @@ def made(tmp_path: Path):
     )
     verdicts = judge(spec, found, "small")
     report.write_paper(spec, found, verdicts, tmp_path / "results" / "toy")
-    report.write_html([(spec, found, verdicts)], tmp_path / "results" / "report.html")
+    page.write_html([(spec, found, verdicts)], tmp_path / "results" / "report.html")
     return spec, found, verdicts, tmp_path / "results"
 
 
@@ -133,14 +133,14 @@ class _Page(HTMLParser):
 def test_the_page_is_one_file_in_which_every_number_opens_its_runs(made) -> None:
     spec, found, _, results = made
     text = (results / "report.html").read_text()
-    page = _Page()
-    page.feed(text)
-    assert page.outside == []
-    assert len(page.ids) == len(set(page.ids))
-    doors = report.doors_of(text)["toy"]
+    parsed = _Page()
+    parsed.feed(text)
+    assert parsed.outside == []
+    assert len(parsed.ids) == len(set(parsed.ids))
+    doors = page.doors_of(text)["toy"]
     shown = {tables.door(e) for e in estimates(spec, found) if e.metric in ("test/acc", "cost/params")}
-    assert set(page.doors) == shown
-    for name in page.doors:
+    assert set(parsed.doors) == shown
+    for name in parsed.doors:
         number = doors["numbers"][name]
         group = doors["groups"][number["group"]]
         assert len(number["values"]) == len(group["runs"]) == 6
@@ -148,7 +148,7 @@ def test_the_page_is_one_file_in_which_every_number_opens_its_runs(made) -> None
         assert group["command"].startswith("fivefold reproduce")
         assert "--seed" not in group["command"]
         assert "net:" in group["config"]
-    assert page.claims == ["c1"]
+    assert parsed.claims == ["c1"]
     assert doors["claims"]["c1"]["groups"] == ["a|mnist", "b|mnist"]
 
 
@@ -200,17 +200,17 @@ def test_a_report_is_about_one_profile(made, tmp_path: Path) -> None:
 
 def test_the_page_keeps_the_other_papers_it_has(made) -> None:
     spec, found, verdicts, results = made
-    page = results / "report.html"
-    before = page.read_text()
+    file = results / "report.html"
+    before = file.read_text()
     other = dataclasses.replace(spec, key="other", number=1, title="Another paper")
-    report.write_html([(other, found, verdicts)], page)
-    both = page.read_text()
+    page.write_html([(other, found, verdicts)], file)
+    both = file.read_text()
     assert both.index("Paper 1: Another paper") < both.index("Paper 3: A toy paper")
     assert set(_doors(both)) == {"toy", "other"}
     assert _doors(both)["toy"] == _doors(before)["toy"]
-    report.write_html([(spec, found, verdicts)], page)
-    assert page.read_text() == both
+    page.write_html([(spec, found, verdicts)], file)
+    assert file.read_text() == both
 
 
-def _doors(page: str) -> dict:
-    return report.doors_of(page)
+def _doors(text: str) -> dict:
+    return page.doors_of(text)

@@ -150,3 +150,32 @@ def test_cluster_bootstrap_is_wider_when_seeds_differ() -> None:
     apart = [rng.normal(mean, 1, 50) for mean in (-2, -1, 0, 0, 1, 2)]
     widths = [e.ci_high - e.ci_low for e in (stats.cluster_bootstrap(g, draws=400) for g in (alike, apart))]
     assert widths[1] > 2 * widths[0]
+
+
+def test_crossed_covers_other_seeds_and_other_images() -> None:
+    """Three seeds on sixty images with effects of both and noise: the interval must hold for new ones of either."""
+    rng = np.random.default_rng(5)
+    covered = naive = 0
+    for _ in range(600):
+        table = 1 + rng.normal(0, 0.3, (3, 1)) + rng.normal(0, 1.5, (1, 60)) + rng.normal(0, 1, (3, 60))
+        estimate, p = stats.crossed(table, margin=1.0)
+        covered += bool(estimate.ci_low <= 1 <= estimate.ci_high)
+        naive += bool(abs(table.mean() - 1) <= 1.96 * table.std() / math.sqrt(table.size))
+        assert (p < 0.025) == (estimate.ci_low > 1)
+    assert covered / 600 > 0.94
+    assert naive / 600 < 0.8  # as if the values were independent
+
+
+def test_crossed_is_a_t_test_over_seeds_where_images_agree_and_over_images_where_seeds_do() -> None:
+    seeds, images = np.array([1.0, 2.0, 4.0]), np.array([0.5, 1.5, 2.5, 5.0])
+    for table, values in ((np.repeat(seeds[:, None], 9, 1), seeds), (np.repeat(images[None], 3, 0), images)):
+        estimate, p = stats.crossed(table, margin=0.5)
+        expected = stats.t_estimate(values)
+        assert (estimate.ci_low, estimate.ci_high) == pytest.approx((expected.ci_low, expected.ci_high))
+        assert p == pytest.approx(stats.t_test(values, 0.5))
+
+
+def test_crossed_refuses_what_has_no_spread_to_measure() -> None:
+    for bad in ([[1.0, 2.0]], [[1.0], [2.0]], [[1.0, math.nan], [1.0, 2.0]]):
+        with pytest.raises(ValueError, match="at least 2 seeds and 2 images|finite"):
+            stats.crossed(bad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from factory import claim, operand, paper, record, records
 
 from experiments.claims import Design, Operand
 from experiments.records import Record
+from experiments.stats import t_estimate
 from experiments.verdict import RUN_STATES, VERDICTS, estimates, judge
 
 UP = [3.0, 3.1, 2.9, 3.05, 2.95, 3.0]
@@ -330,3 +332,33 @@ def test_a_large_true_effect_is_found() -> None:
         for _ in range(300)
     )
     assert found / 300 > 0.9
+
+
+def _with_images(folder: Path, ablation: str, seed: int, values: dict[int, float], measure: str = "acc") -> Record:
+    path = folder / f"{ablation}{seed}"
+    path.mkdir()
+    lines = [f"test,{image},{value}" for image, value in values.items()]
+    (path / "images.csv").write_text("\n".join([f"set,index,{measure}", *lines]) + "\n")
+    return record(ablation, seed, {"test/acc": float(np.mean(list(values.values())))}, path=path)
+
+
+def test_a_claim_of_images_counts_them_and_pairs_them(tmp_path: Path) -> None:
+    """Three seeds whose means agree: over seeds alone the claim would be certain, over images it is not."""
+    rng = np.random.default_rng(0)
+    base, gains = rng.normal(70, 5, 40), rng.normal(0, 4, 40)
+    gains += 0.3 - gains.mean()
+    design = Design(seeds=3, test="crossed")
+    runs = [_with_images(tmp_path, "a", s, dict(enumerate(base + gains))) for s in range(3)]
+    runs += [_with_images(tmp_path, "b", s, {**dict(enumerate(base)), 99: 0.0}) for s in range(3)]
+    spec = paper(claim(operands=(operand("a"), operand("b")), design=design))
+    (verdict,) = judge(spec, runs, "small")
+    assert verdict.verdict == "inconclusive"
+    assert verdict.estimate == pytest.approx(0.3, abs=1e-3)  # on the forty images that both have
+    expected = t_estimate(gains)
+    assert verdict.ci == pytest.approx((expected.ci_low, expected.ci_high), abs=1e-2)
+    (number,) = judge(paper(claim(operands=(operand("a"),), against=60.0, design=design)), runs, "small")
+    assert (number.verdict, number.n) == ("reproduced", 3)
+    without = [*runs[:3], *(record("b", s, {"test/acc": 1.0}) for s in range(3))]
+    (verdict,) = judge(spec, without, "small")
+    assert verdict.verdict == "not assessable"
+    assert "0 test images have a value of test/acc and test/acc in every run" in verdict.reason

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from torch.multiprocessing import ProcessContext, ProcessException, ProcessExitedException, start_processes
+from torch.multiprocessing import ProcessContext, ProcessExitedException, ProcessRaisedException, start_processes
 
 from experiments.cell import Cell
 from experiments.executors import SINGLE_THREADED, die_with_parent, interrupt
@@ -49,7 +49,7 @@ def run_ranks(body: Body, cell: Cell, folder: Path, store: Any, parent: tuple[st
     try:
         while not context.join(grace_period=GRACE_S):
             pass
-    except ProcessException as error:
+    except (ProcessExitedException, ProcessRaisedException) as error:
         raise _failure(error, count) from None
     finally:
         _stop(context)
@@ -67,7 +67,7 @@ def _stop(context: ProcessContext) -> None:
             process.join()
 
 
-def _failure(error: ProcessException, count: int) -> RankFailed:
+def _failure(error: ProcessExitedException | ProcessRaisedException, count: int) -> RankFailed:
     """The failure of a process in one line, its traceback as a note."""
     name = f"process {error.error_index + 1} of {count}"
     if isinstance(error, ProcessExitedException):

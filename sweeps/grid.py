@@ -158,7 +158,7 @@ def run_grid(
     Raises:
         UserError: another command is running some of the trials, or all trials of an ablation failed.
     """
-    from datamodules.catalogue import card_of
+    from experiments.data_sets import card_of
 
     cells = {
         (a, c, s): grid.cell(a, c, s) for s in grid.seeds for a in grid.ablations for c in grid.combinations

@@ -64,8 +64,12 @@ def test_its_ablation_file_composes_to_what_it_says(tmp_path: Path) -> None:
 
 
 def test_its_code_runs() -> None:
-    (example,) = blocks("python")
+    example, blur = blocks("python")
     names: dict = {}
+    exec(blur, names)
+    assert names["blurred"].shape == names["sharp"].shape
+    assert torch.allclose(names["kernels"].sum((1, 2)), torch.ones(4), atol=1e-6)
+    names = {}
     exec(example, names)
     logits = names["net"](torch.rand(2, 3, 32, 32))
     assert logits.shape == (2, 10)

@@ -177,5 +177,5 @@ def test_crossed_is_a_t_test_over_seeds_where_images_agree_and_over_images_where
 
 def test_crossed_refuses_what_has_no_spread_to_measure() -> None:
     for bad in ([[1.0, 2.0]], [[1.0], [2.0]], [[1.0, math.nan], [1.0, 2.0]]):
-        with pytest.raises(ValueError, match="at least 2 seeds and 2 images|finite"):
+        with pytest.raises(ValueError, match=r"at least 2 seeds and 2 images|finite"):
             stats.crossed(bad)

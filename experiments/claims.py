@@ -158,6 +158,9 @@ class Figure:
         "blur",
         "gallery",
         "strength",
+        "anytime",
+        "pruning",
+        "plan",
     ]
     title: str
     data: str = ""

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from experiments.compare_cli import app as comparing
 from experiments.deblur.cli import app as deblurring
 from experiments.upcycle.cli import app as upcycling
 from sweeps.cli import app as sweeping
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(upcycling)
 app.add_typer(deblurring)
+app.add_typer(comparing)
 app.add_typer(sweeping)
 console = Console(emoji=False)
 

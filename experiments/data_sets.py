@@ -15,6 +15,10 @@ def content_sha256(name: str) -> str:
     if name in DATASETS:
         return data_sha256(name)
     from datamodules import faces, text
+    from datamodules.planning import names
+
+    if names.is_workload(name):
+        return names.workload_sha256(name)
 
     if text.is_corpus(name):
         return text.content_sha256(name)
@@ -29,14 +33,17 @@ def card_of(name: str, fetch: bool = True) -> DataCard:
     """Return what a data set is; it is on this machine afterwards.
 
     Args:
-        name: of images to classify, faces, a text, or a function whose values are computed.
+        name: of images to classify, faces, a text, a function whose values are computed, or a model to plan for.
         fetch: False to use only what is on this machine.
     Raises:
         ValueError: unknown name, nearest one included.
         DataUnavailable: nothing led to the data.
     """
     from datamodules import catalogue, faces
+    from datamodules.planning import names
 
+    if names.is_workload(name):
+        return names.workload_card(name)
     return faces.face_card(name, fetch) if faces.is_faces(name) else catalogue.card_of(name, fetch)
 
 

@@ -48,6 +48,11 @@ class Job:
     tracked: bool = True
     parent: tuple[str, str] | None = None
 
+    @property
+    def alone(self) -> bool:
+        """Whether nothing may run beside it, since it measures time."""
+        return bool(self.cell.config.get("alone", False))
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -130,11 +135,20 @@ class LocalPool:
             self.cancel(handle)
 
     def _fill(self) -> None:
-        while self._queue and len(self._running) < self.jobs:
-            job = self._queue.popleft()
+        while len(self._running) < self.jobs and (job := self._next()) is not None:
+            self._queue.remove(job)
             process = self._context.Process(target=_work, args=(job,), name=job.cell.signature)
             process.start()
             self._running[job.cell.signature] = (job, process)
+
+    def _next(self) -> Job | None:
+        """The first that may start now. Cells that must be alone come last, each when nothing else runs."""
+        if any(job.alone for job, _ in self._running.values()):
+            return None
+        shared = next((job for job in self._queue if not job.alone), None)
+        if shared is None and self._queue and not self._running:
+            return self._queue[0]
+        return shared
 
 
 def _outcome(job: Job, exitcode: int) -> Literal["done", "failed", "busy"]:

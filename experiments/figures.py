@@ -25,6 +25,7 @@ from experiments.figure_style import (
 from experiments.figures_convergence import curves, gains, rate
 from experiments.figures_deblur import blur, gallery, strength
 from experiments.figures_experts import advantage, load, survival
+from experiments.figures_plans import anytime, plan, pruning
 from experiments.records import Record
 from experiments.stats import t_estimate
 from experiments.verdict import EstimateRow, Verdict
@@ -66,10 +67,13 @@ def draw(
         "blur": blur,
         "gallery": gallery,
         "strength": strength,
+        "anytime": anytime,
+        "pruning": pruning,
+        "plan": plan,
     }
     estimates = {(row.ablation, row.data, row.metric): row for row in rows}
     with plt.rc_context({**STYLE, "svg.fonttype": "path" if text_as_paths else "none"}):
-        extra = records if figure.kind in ("difference", "gains", "advantage", "load", "gallery") else verdicts
+        extra = records if figure.kind in ("difference", "gains", "advantage", "load", "gallery", "plan") else verdicts
         canvas = kinds[figure.kind](spec, figure, estimates, extra)
         if canvas is None:
             return None

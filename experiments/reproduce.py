@@ -121,7 +121,7 @@ class Reproduction:
         self._refuse_unfinished(records)
         report.write_paper(self.spec, records, verdicts, self.results / self.spec.key)
         page.write_html([(self.spec, records, verdicts)], self.results / "report.html")
-        self._summarise_in_tracker(records)
+        self._summarise_in_tracker(records, verdicts)
         write_json(self._stamp, {"inputs": self._inputs(records)})
         return [verdict.to_dict() for verdict in verdicts]
 
@@ -264,12 +264,12 @@ class Reproduction:
 
     def _parents(self, found: Plan) -> dict[tuple[str, ...], tuple[str, str]]:
         """Make the tracking store and the parent run of every group of seeds, once, before processes fan out."""
-        from experiments import tracking
+        from experiments import showcase, tracking
 
         store = tracking.Store(self.places.runs)
         tracking.prepare(store)
         title = f"{self.spec.number}. {self.spec.title}"
-        experiment = tracking.experiment_id(store, self.spec.key, title, describe(self.spec))
+        experiment = tracking.experiment_id(store, self.spec.key, title, showcase.describe(self.spec))
         parents: dict[tuple[str, ...], tuple[str, str]] = {}
         for node in found.to_run:
             key, group = node.cell.key, _group(node.cell.key)
@@ -283,9 +283,9 @@ class Reproduction:
                 parents[group] = (experiment, tracking.parent_run(store, experiment, **names, params={}))
         return parents
 
-    def _summarise_in_tracker(self, records: list[Record]) -> None:
-        """Write mean and interval of every metric on the parent run of each group of seeds."""
-        from experiments import tracking
+    def _summarise_in_tracker(self, records: list[Record], verdicts: list[Verdict]) -> None:
+        """Write mean and interval of every metric on the parent run of each group of seeds, with what people look at."""
+        from experiments import showcase, tracking
         from experiments.verdict import estimates
 
         store = tracking.Store(self.places.runs)
@@ -302,12 +302,15 @@ class Reproduction:
             )
         experiments = {_group(r.key): r.manifest.get("mlflow_experiment_id") for r in records if r.manifest}
         failed = {_group(r.key) for r in records if r.state == "failed"}
+        parents: dict[tuple[str, ...], tuple[str, str]] = {}
         for group, values in by_group.items():
             if experiment := experiments.get(group):
                 names = dict(zip(("paper", "ablation", "data", "profile"), group, strict=True))
                 parent = tracking.parent_run(store, experiment, **names, params={})
                 status = "FAILED" if group in failed else "FINISHED"
                 tracking.summarise_parent(store, parent, values, status)
+                parents[group] = (experiment, parent)
+        showcase.show(store, self.spec, records, verdicts, parents)
 
     def _print_failure(self, node: Node) -> None:
         failed = read_json(self.places.runs / node.cell.signature / "failed.json")
@@ -315,16 +318,6 @@ class Reproduction:
         error = escape(failed.get("error", "no reason was left"))
         self.console.print(f"[bold]failed[/]: {node.cell.key}: {error}", soft_wrap=True)
         self.console.print(f"        traceback: {where}", soft_wrap=True)
-
-
-def describe(spec: PaperSpec) -> str:
-    """Return the Markdown that the tracker shows above a paper's runs."""
-    return (
-        f"**{spec.title}** (arXiv {spec.arxiv}).\n\n"
-        "A parent run is an ablation on a data set: the mean over seeds of every metric, with `.ci_low` and `.ci_high`. "
-        "Its children are the seeds. Group by the `ablation` or `data` column to compare; `test/acc` is the test "
-        "accuracy of the weights chosen on validation.\n"
-    )
 
 
 def _heirs(nodes: Mapping[str, Node]) -> dict[str, list[Node]]:

@@ -45,7 +45,8 @@ Positive = Annotated[int, Field(ge=1)]
 
 class Data(Strict):
     """Images to classify (`channels`, `image_size`, `classes`) or to restore (without classes), a function to approximate
-    (`dims`), or text to predict (`context` tokens at once out of `vocab`).
+    (`dims`), text to predict (`context` tokens at once out of `vocab`), or a model to plan for (`observation`: numbers that an
+    agent sees of its plan).
     """
 
     name: str
@@ -55,23 +56,25 @@ class Data(Strict):
     dims: Positive | None = None
     context: Positive | None = None
     vocab: Annotated[int, Field(ge=2)] | None = None
+    observation: Positive | None = None
 
     @model_validator(mode="after")
     def _one_kind(self) -> Data:
         image, classes, function, text = {"channels", "image_size"}, {"classes"}, {"dims"}, {"context", "vocab"}
-        given = {name for name in image | classes | function | text if getattr(self, name) is not None}
-        if given not in [image | classes, image, function, text]:
+        plan = {"observation"}
+        given = {name for name in image | classes | function | text | plan if getattr(self, name) is not None}
+        if given not in [image | classes, image, function, text, plan]:
             raise ValueError(
                 "images need channels and image_size, and classes where they are to be told apart; a function needs dims "
-                "alone; text needs context and vocab"
+                "alone; text needs context and vocab; a model to plan for needs observation alone"
             )
         return self
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one sample: (C, H, W), (dims,) or (context,)."""
-        if self.dims is not None:
-            return (self.dims,)
+        """Shape of one sample: (C, H, W), (dims,), (context,) or (observation,)."""
+        if self.dims is not None or self.observation is not None:
+            return (self.dims or self.observation or 0,)
         if self.context is not None:
             return (self.context,)
         assert self.channels is not None
@@ -146,7 +149,9 @@ EXECUTION_ONLY = Field(json_schema_extra={"execution_only": True})
 
 
 class CellConfig(Strict):
-    """Everything that makes one cell. Fields marked execution-only say where it runs, not what is computed."""
+    """Everything that makes one cell. Fields marked execution-only say where it runs, not what is computed. A cell that is
+    `alone` measures time: it starts when no other cell runs or waits, and none starts beside it.
+    """
 
     paper: str
     seed: Annotated[int, Field(ge=0)]
@@ -164,6 +169,7 @@ class CellConfig(Strict):
     trainer: Trainer = EXECUTION_ONLY
     tracking: Tracking = EXECUTION_ONLY
     executor: Executor = EXECUTION_ONLY
+    alone: bool = Field(default=False, json_schema_extra={"execution_only": True})
 
 
 def hashed_keys() -> list[str]:

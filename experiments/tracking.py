@@ -109,10 +109,8 @@ def experiment_id(store: Store, paper_key: str, title: str, description: str) ->
     """
     from mlflow.entities import ViewType
 
-    client, tags = (
-        _client(store),
-        {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": description},
-    )
+    client = _client(store)
+    tags = {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": description}
     with store.database.lock:
         # With the trash: an experiment there still holds its name.
         found = client.search_experiments(ViewType.ALL, filter_string=f"tags.paper = {_quoted(paper_key)}")
@@ -250,14 +248,16 @@ def serve(store: Store, host: str = "127.0.0.1", port: int = 5000) -> None:
         UserError: other machines could reach `host`, no port is free, or the server did not start.
     """
     if store.remote:
-        print(f"Runs are tracked at {store.remote}", flush=True)
-        return
+        return print(f"Runs are tracked at {store.remote}", flush=True)
+    from experiments.tracking_views import doors
+
     port = free_port(host, port)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", store.uri, "--artifacts-destination", store.artifacts]
     # No job queue: it would start helper processes and a database of its own.
-    run_server(command, address, store.root, {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, "MLflow UI")
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    run_server(command, address, store.root, quiet, "MLflow UI", doors(store, address))
 
 
 def _make_tables(uri: str, artifacts: str) -> None:
@@ -299,7 +299,8 @@ def _child_id(
 
     run = _resumable(store, client, experiment, tags["signature"], resume)
     if run is None:
-        return str(client.create_run(experiment, run_name=f"seed {key.seed}", tags=tags).info.run_id), False
+        name = f"seed {key.seed} of {key.ablation} on {key.data}"
+        return str(client.create_run(experiment, run_name=name, tags=tags).info.run_id), False
     run_id = str(run.info.run_id)
     for name in {"error", "state"} & run.data.tags.keys():
         client.delete_tag(run_id, name)

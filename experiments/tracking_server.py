@@ -55,8 +55,15 @@ def free_port(host: str, port: int) -> int:
     raise UserError(f"host '{host}' is not this machine alone: use 127.0.0.1 (and an ssh tunnel from elsewhere)")
 
 
-def run_server(command: Sequence[str], address: str, folder: Path, environment: Mapping[str, str], name: str) -> None:
-    """Run a server in `folder` until Ctrl-C or SIGTERM; print its address once `address`/health answers.
+def run_server(
+    command: Sequence[str],
+    address: str,
+    folder: Path,
+    environment: Mapping[str, str],
+    name: str,
+    more: Sequence[str] = (),
+) -> None:
+    """Run a server in `folder` until Ctrl-C or SIGTERM; print its address, and the lines `more`, once `address`/health answers.
 
     Its own words go to `folder`/server.log.
 
@@ -77,7 +84,7 @@ def run_server(command: Sequence[str], address: str, folder: Path, environment: 
         )
         try:
             _wait_until_healthy(server, address, log)
-            print(f"{name}: {address}  (Ctrl-C stops it)", flush=True)
+            print("\n".join([f"{name}: {address}  (Ctrl-C stops it)", *more]), flush=True)
             raise UserError(f"the server ended with status {server.wait()}; its last words:\n{_tail(log)}")
         except KeyboardInterrupt:
             print(f"\n{name} has stopped.", flush=True)

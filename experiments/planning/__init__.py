@@ -1,0 +1,1 @@
+"""Commands of paper 5: plans made, explained, and run for real."""

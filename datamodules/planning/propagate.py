@@ -58,7 +58,9 @@ class Propagator:
         self.graph, self.devices, self.space = graph, devices, space
         self.ties = [(p.tensor, p.gradient) for p in graph.parameters if p.gradient not in (None, p.tensor)]
         self._build(RuleTable(devices, space))
+        self._open = np.array([self._bits_of(t.shape) for t in graph.tensors], dtype=np.uint32)  # by sizes alone
         self._root: Domains | None = None
+        self._alone: dict[tuple[int, int], Conflict | None] = {}
 
     def _build(self, table: RuleTable) -> None:
         graph = self.graph
@@ -101,14 +103,11 @@ class Propagator:
     def root(self) -> Domains:
         """The domains before any decision (T,); everything replicated is always among them."""
         if self._root is None:
-            domains = self._domains()
+            domains = self._open.copy()
             if self._close(domains, range(len(self._queued))) >= 0:
                 raise AssertionError("every rule table replicates, so the root has no conflict")
             self._root = domains
         return self._root.copy()
-
-    def _domains(self) -> Domains:
-        return np.array([self._bits_of(t.shape) for t in self.graph.tensors], dtype=np.uint32)
 
     def _bits_of(self, shape: tuple[int, ...]) -> int:
         return 1 + sum(
@@ -156,12 +155,19 @@ class Propagator:
             return Conflict(NO_OP, f"{what} has no dim {odd[0]}")
         if odd:
             return Conflict(NO_OP, f"{self.devices} devices do not divide dim {odd[0]} of {what}: {info.shape[odd[0]]}")
-        alone = self._domains()
-        alone[tensor] &= want
+        if (tensor, want) not in self._alone:
+            self._alone[tensor, want] = self._impossible(tensor, want)
+        other = Conflict(
+            NO_OP, f"{what} must be {' or '.join(_each(have))}, so it cannot be {' or '.join(_each(want))}"
+        )
+        return self._alone[tensor, want] or other
+
+    def _impossible(self, tensor: int, bits: int) -> Conflict | None:
+        """Which operation cannot have a placement, whatever else is decided; None if it depends."""
+        alone = self._open.copy()
+        alone[tensor] &= bits
         failed = self._close(alone, self._users[self._user_starts[tensor] : self._user_starts[tensor + 1]])
-        if failed >= 0:  # impossible whatever else is decided: say which operation cannot have it
-            return self._explain(failed, alone)
-        return Conflict(NO_OP, f"{what} must be {' or '.join(_each(have))}, so it cannot be {' or '.join(_each(want))}")
+        return self._explain(failed, alone) if failed >= 0 else None
 
     def _explain(self, failed: int, domains: Domains) -> Conflict:
         if failed >= len(self.graph.ops):

@@ -2,7 +2,8 @@
 
 Legend: B batch, S tokens of a batch, D width, N experts, K chosen per token, C capacity, F hidden width of an expert, V words.
 
-The training code of paper 1 is dropless: how many tokens an expert sees depends on the data, so no static graph holds it. Here
+The model that paper 1 trains is dropless. It can be traced too, by `load_user_model`, with its grouped products as single
+operations; but how many rows a group has depends on the data, so no plan can give each device an equal share of experts. Here
 each expert takes a fixed number C of tokens, those that want it most, as its `capacity_factor` allows; with C = S this is the
 dropless layer. The router and its choices are paper 1's own (`lit_modules.ops.routing`).
 """

@@ -181,6 +181,32 @@ def own_loss() -> tuple[nn.Module, dict[str, Tensor]]:
     return Net(), {"x": torch.randn(6, 4), "y": torch.randn(6, 2)}
 
 
+def paper_1() -> tuple[nn.Module, Tensor, object]:
+    """The dropless mixture of experts of paper 1, two layers of it."""
+    from lit_modules.nets.moe import Experts
+    from lit_modules.nets.transformer import Transformer
+
+    model = Transformer(64, 32, 2, 4, 64, experts=Experts(4, 1, 2))
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    return model, ids, lambda out, input0: nn.functional.cross_entropy(out.flatten(0, 1), input0.flatten())
+
+
+def from_transformers(family: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A small model of the transformers library."""
+    import transformers as t
+
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    inputs = {"input_ids": ids, "labels": ids.clone()}
+    if family == "bert":
+        sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+        return t.BertForMaskedLM(t.BertConfig(**sizes, vocab_size=64, hidden_dropout_prob=0.0)), inputs
+    if family == "gpt2":
+        return t.GPT2LMHeadModel(t.GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=64)), inputs
+    sizes = {"num_layers": 2, "d_model": 32, "num_heads": 4, "d_kv": 8, "d_ff": 64, "vocab_size": 64}
+    config = t.T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0)
+    return t.T5ForConditionalGeneration(config), inputs
+
+
 def not_a_model() -> int:
     """Something else."""
     return 3
@@ -211,6 +237,22 @@ def test_user_models(user: str) -> None:
     assert [graph.tensors[p.tensor].shape for p in graph.parameters] == [(3, 16), (3,)]
     named = load_user_model(f"{user}:own_loss")
     assert [named.tensors[t].name for t in named.inputs] == ["x", "y"]
+
+
+def test_the_dropless_experts_of_paper_1(user: str) -> None:
+    graph = load_user_model(f"{user}:paper_1")
+    assert sum(op.kind == "grouped_mm" for op in graph.ops) >= 4
+    assert all(p.gradient is not None for p in graph.parameters)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "attentions"), [("bert", 2), ("gpt2", 2), ("t5", 6)])
+def test_models_of_transformers_keep_their_attention_whole(user: str, family: str, attentions: int) -> None:
+    pytest.importorskip("transformers")
+    graph = load_user_model(f"{user}:from_transformers", family=family)
+    for kind in ("sdpa", "sdpa_backward"):
+        assert sum(op.kind == kind for op in graph.ops) == attentions
+    assert all(p.gradient is not None for p in graph.parameters)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from experiments.compare_cli import app as comparing
 from experiments.deblur.cli import app as deblurring
+from experiments.planning.cli import app as planning
 from experiments.upcycle.cli import app as upcycling
 from sweeps.cli import app as sweeping
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(upcycling)
 app.add_typer(deblurring)
+app.add_typer(planning)
 app.add_typer(comparing)
 app.add_typer(sweeping)
 console = Console(emoji=False)

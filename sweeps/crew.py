@@ -48,7 +48,7 @@ class Crew:
             )
             assert process.stdin is not None
             with suppress(BrokenPipeError):
-                process.stdin.write(replace(self.task, worker=number).written())
+                process.stdin.write(replace(self.task, worker=number, command=os.getpid()).written())
                 process.stdin.close()
             self._running[number] = process, log
 

@@ -52,6 +52,7 @@ class Task:
     worker: int = 0
     experiment: str = ""  # of the tracker; empty goes untracked
     parent: str = ""  # the study's run there
+    command: int = 0  # process that started the worker, which ends with it; 0 for none
 
     @classmethod
     def read(cls, text: str) -> Task:
@@ -161,7 +162,8 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else each optimiser step looks for a driver again
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the command, which ends its workers with SIGTERM
     signal.signal(signal.SIGTERM, interrupt)
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    if task.command:
+        threading.Thread(target=_die_with, args=(task.command,), daemon=True).start()
     try:
         run_task(task)
     except KeyboardInterrupt:

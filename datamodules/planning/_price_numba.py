@@ -144,12 +144,38 @@ def live_bytes(place, size, devices, alloc_ptr, allocs, free_ptr, frees, backwar
 
 @kernel
 def descend(
-    place, option_ptr, options, touch_ptr, touching, operand_ptr, operands, inputs, table_of, row_ptr, row_seconds, code_ptr,
-    codes, moves, cost, chosen, backward, maker, gradient, variable, sums, across, update, devices, micro_batches, overlap,
+    place,
+    option_ptr,
+    options,
+    touch_ptr,
+    touching,
+    operand_ptr,
+    operands,
+    inputs,
+    table_of,
+    row_ptr,
+    row_seconds,
+    code_ptr,
+    codes,
+    moves,
+    cost,
+    chosen,
+    backward,
+    maker,
+    gradient,
+    variable,
+    sums,
+    across,
+    update,
+    devices,
+    micro_batches,
+    overlap,
     passes,
 ):
     """Move one tensor at a time wherever that makes the step shorter, until nothing does; returns the step's seconds."""
-    best = step_seconds(place, cost, backward, maker, gradient, variable, sums, across, update, devices, micro_batches, overlap)
+    best = step_seconds(
+        place, cost, backward, maker, gradient, variable, sums, across, update, devices, micro_batches, overlap
+    )
     for _ in range(passes):
         better = False
         for tensor in range(len(place)):
@@ -165,7 +191,18 @@ def descend(
                         op, place, operand_ptr, operands, inputs, table_of, row_ptr, row_seconds, code_ptr, codes, moves
                     )
                 now = step_seconds(
-                    place, cost, backward, maker, gradient, variable, sums, across, update, devices, micro_batches, overlap
+                    place,
+                    cost,
+                    backward,
+                    maker,
+                    gradient,
+                    variable,
+                    sums,
+                    across,
+                    update,
+                    devices,
+                    micro_batches,
+                    overlap,
                 )
                 if now < best * (1 - 1e-12):
                     best, better = now, True
@@ -178,7 +215,9 @@ def descend(
 
 
 @kernel
-def step_seconds(place, cost, backward, maker, gradient, variable, sums, across, update, devices, micro_batches, overlap):
+def step_seconds(
+    place, cost, backward, maker, gradient, variable, sums, across, update, devices, micro_batches, overlap
+):
     """Seconds of a step of one stage: `update` are the seconds of Adam's step of each variable, whole."""
     found = sync_seconds(place, gradient, variable, sums, across)
     forward_s, backward_s, _, exposed = finish(cost, backward, maker, found, overlap)

@@ -100,7 +100,22 @@ def bound(f, b, tails, warm_up, fixed, rest, micro_batches, done):
 
 @kernel
 def search(
-    forward, backward, cross, weights, places, count, sums, hop, fits, warm_up, update, micro_batches, cuts, options, best, limit
+    forward,
+    backward,
+    cross,
+    weights,
+    places,
+    count,
+    sums,
+    hop,
+    fits,
+    warm_up,
+    update,
+    micro_batches,
+    cuts,
+    options,
+    best,
+    limit,
 ):
     """Depth-first over stages; what cannot beat `best` is cut off. Writes the best cuts; returns (length, nodes, finished)."""
     stages, layers = count.shape[0], len(forward) - 1

@@ -52,9 +52,7 @@ def group_of(topology: Topology, devices: Sequence[int], sharing: int = 1) -> Gr
     return Group(topology.counts(devices), sharing)
 
 
-def collective(
-    kind: Kind, size_bytes: float, group: Group, topology: Topology, algorithm: Algorithm = "best"
-) -> float:
+def collective(kind: Kind, size_bytes: float, group: Group, topology: Topology, algorithm: Algorithm = "best") -> float:
     """Seconds of a collective on `size_bytes` of the full logical tensor; 0 for one rank.
 
     `best` takes the fastest of the algorithms that the group allows. ValueError for negative bytes, an unknown kind, or two
@@ -172,10 +170,9 @@ def groups_of(topology: Topology, lines: Sequence[Sequence[int]]) -> tuple[Group
     nodes = [{topology.node_of(device) for device in line} for line in lines]
     found = []
     for line, mine in zip(lines, nodes, strict=True):
-        if len(mine) > 1:
-            sharing = max(sum(node in others and len(others) > 1 for others in nodes) for node in mine)
-        else:
-            sharing = 1
+        sharing = (
+            max(sum(node in others and len(others) > 1 for others in nodes) for node in mine) if len(mine) > 1 else 1
+        )
         found.append(group_of(topology, line, sharing))
     return tuple(dict.fromkeys(found))
 
@@ -185,7 +182,9 @@ def slowest(kind: Kind, size_bytes: float, groups: Sequence[Group], topology: To
     return max(collective(kind, size_bytes, group, topology) for group in groups)
 
 
-def bucketed(kind: Kind, size_bytes: float, groups: Sequence[Group], topology: Topology, bucket: float = BUCKET) -> float:
+def bucketed(
+    kind: Kind, size_bytes: float, groups: Sequence[Group], topology: Topology, bucket: float = BUCKET
+) -> float:
     """Seconds that a gradient adds where gradients travel together in buckets: its bytes, and its share of a bucket's latency."""
     alone, latency = slowest(kind, size_bytes, groups, topology), slowest(kind, 0.0, groups, topology)
     return alone - latency * (1 - min(1.0, size_bytes / bucket))

@@ -88,7 +88,9 @@ def blocks(graph: Graph, topology: Topology, plan: Plan, evaluator: Evaluator | 
     evaluator = evaluator or Evaluator(graph, topology)
     stage_at = stage_of_ops(graph, plan.stages)
     seconds, moved, lying = _times(graph, plan, stage_at, evaluator)
-    found = {(block_of(op.layer), at): None for op, at in zip(graph.ops, stage_at, strict=True) if op.phase == "forward"}
+    found = {
+        (block_of(op.layer), at): None for op, at in zip(graph.ops, stage_at, strict=True) if op.phase == "forward"
+    }
     found |= dict.fromkeys(seconds)
     variables = _variables(graph, plan, stage_at, evaluator)
     single = [
@@ -224,7 +226,9 @@ def _memory(cost: Breakdown, topology: Topology) -> Iterator[str]:
 def _stages(graph: Graph, plan: Plan, cost: Breakdown) -> Iterator[str]:
     yield "stages (forward and backward of one micro-batch):"
     for s, (stage, spent) in enumerate(zip(plan.stages, cost.stages, strict=True)):
-        first, last = (graph.layer_of(min(op, len(graph.ops) - 1)) or "-" for op in _ends(graph, stage.first_op, stage.last_op))
+        first, last = (
+            graph.layer_of(min(op, len(graph.ops) - 1)) or "-" for op in _ends(graph, stage.first_op, stage.last_op)
+        )
         mesh = f"{stage.data} x {stage.ways}"
         yield (
             f"  {s}: devices {_span(stage.devices)} as {mesh} (batch x split), {first} ... {last}: forward {_ms(spent.forward_s)}, "
@@ -249,7 +253,9 @@ def _blocks(found: Sequence[Block], plan: Plan) -> Iterator[str]:
         for variable in split:
             yield f"      {variable.name} {list(variable.shape)}: {word(variable.split, variable.shape, ways)}"
         if whole:
-            yield f"      {whole} variable{'s' if whole > 1 else ''} whole" + (" on every device of a row" if ways > 1 else "")
+            yield f"      {whole} variable{'s' if whole > 1 else ''} whole" + (
+                " on every device of a row" if ways > 1 else ""
+            )
 
 
 def _moves(graph: Graph, cost: Breakdown, most: int = 8) -> Iterator[str]:
@@ -298,7 +304,9 @@ def _shapes(a: Plan, b: Plan) -> Iterator[str]:
     for s in range(max(len(a.stages), len(b.stages))):
         old, new = (plan.stages[s] if s < len(plan.stages) else None for plan in (a, b))
         words = [
-            f"operations {st.first_op} to {st.last_op}, devices {_span(st.devices)} as {st.data} x {st.ways}" if st else "none"
+            f"operations {st.first_op} to {st.last_op}, devices {_span(st.devices)} as {st.data} x {st.ways}"
+            if st
+            else "none"
             for st in (old, new)
         ]
         if words[0] != words[1]:
@@ -312,7 +320,10 @@ def _splits(graph: Graph, evaluator: Evaluator, a: Plan, b: Plan) -> Iterator[st
         places = [evaluator.places(stage, plan.micro_batches) for stage in plan.stages]
         ways = [stage.ways for stage in plan.stages]
         rows = {}
-        for tensor, name in [*((p.tensor, p.name) for p in graph.parameters), *((t, graph.tensors[t].name) for t in graph.inputs)]:
+        for tensor, name in [
+            *((p.tensor, p.name) for p in graph.parameters),
+            *((t, graph.tensors[t].name) for t in graph.inputs),
+        ]:
             users = graph.consumers(tensor)
             at = stage_at[users[0]] if users else 0
             rows[name] = word(int(places[at][tensor]), graph.tensors[tensor].shape, ways[at])

@@ -65,9 +65,7 @@ def value_of(tables: Tables, place_T: np.ndarray, topology: Topology, micro_batc
     """Seconds of a step, as `price` has them for a plan of one stage."""
     cost_N, _ = tables.price_ops(place_T)
     forward, backward, _, exposed = tables.finish(cost_N, tables.sync(place_T), overlap)
-    return micro_batches * (forward + backward) + (
-        exposed + update_seconds(tables.variable_bytes(place_T), topology)
-    )
+    return micro_batches * (forward + backward) + (exposed + update_seconds(tables.variable_bytes(place_T), topology))
 
 
 def sharding_optimum(
@@ -136,7 +134,9 @@ def _solve(
             return _Solved(solved.place, solved.value, solved.bound, solved.certificate + extra, solved.size)
         position, held = _fullest(tables, solved.place, micro_batches)
         sharding.limit_memory(position, held + memory.buffers, topology.memory_limit)
-    raise NoPlan(memory_of(tables, solved.place, micro_batches).violation(topology, "the plan found last") or "no plan fits")
+    raise NoPlan(
+        memory_of(tables, solved.place, micro_batches).violation(topology, "the plan found last") or "no plan fits"
+    )
 
 
 def _fullest(tables: Tables, place_T: np.ndarray, micro_batches: int) -> tuple[int, float]:
@@ -306,4 +306,3 @@ def _switches(sharding: Sharding, decided: Decisions, writers: Sequence, base: S
                 program.constraint([(column, 1.0), (cause, -1.0)], 0, np.inf)
             program.constraint([(column, 1.0), *((cause, -1.0) for cause in causes)], -np.inf, 0)
     return switches
-

@@ -97,7 +97,9 @@ def joint_optimum(
                 if count == 1:
                     one = sharding_optimum(graph, topology, d, micro_batches, overlap, None, left, precision)
                 else:
-                    one = _staged(graph, topology, count, d, micro_batches, schedule, overlap, granularity, left, precision)
+                    one = _staged(
+                        graph, topology, count, d, micro_batches, schedule, overlap, granularity, left, precision
+                    )
                 found.append(one)
                 tried.append(Tried(count, d, one.value, one.bound, one.seconds, one.certificate))
             except NoPlan as error:
@@ -124,7 +126,9 @@ def _staged(
     """Stages of equal devices, every operation placed as on one of them that has the whole model."""
     started, each = time.perf_counter(), topology.devices // count
     roomy = replace(topology, memory_bytes=topology.memory_bytes * count)
-    whole = sharding_optimum(graph, roomy, data, micro_batches, overlap, None, time_limit, precision, devices=range(each))
+    whole = sharding_optimum(
+        graph, roomy, data, micro_batches, overlap, None, time_limit, precision, devices=range(each)
+    )
     placed = whole.plan.stages[0].placements
     splits = whole.plan.stages[0].splits
     layers = _layers(graph, roomy, whole, micro_batches, granularity)

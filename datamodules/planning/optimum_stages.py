@@ -161,9 +161,7 @@ def _cross(pipeline: Pipeline) -> np.ndarray:
     return np.concatenate([[0.0], pipeline.layers.activation_K])
 
 
-def _programme(
-    pipeline: Pipeline, stages: int, arrays: _Arrays
-) -> tuple[float, tuple[int, ...], tuple[int, ...]]:
+def _programme(pipeline: Pipeline, stages: int, arrays: _Arrays) -> tuple[float, tuple[int, ...], tuple[int, ...]]:
     """Least short form: lower the ceiling on the slowest resource until no pipeline is left."""
     m, k = pipeline.micro_batches, len(pipeline.layers)
     both = (pipeline._sums["forward_K"] + pipeline._sums["backward_K"]) / m
@@ -173,9 +171,7 @@ def _programme(
     came = np.zeros((stages, k + 1, width, width, 2), dtype=np.int64)
     ceiling, best = np.inf, (np.inf, (), ())
     while True:
-        total, a, b = kernels.cheapest_under(
-            ceiling, both, cross, arrays.count, arrays.hop, arrays.fits, values, came
-        )
+        total, a, b = kernels.cheapest_under(ceiling, both, cross, arrays.count, arrays.hop, arrays.fits, values, came)
         if total == np.inf:
             break
         cuts, devices = _back(arrays, came, stages, k, a, b)
@@ -193,7 +189,9 @@ def _programme(
     return best  # type: ignore[return-value]
 
 
-def _back(arrays: _Arrays, came: np.ndarray, stages: int, k: int, a: int, b: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _back(
+    arrays: _Arrays, came: np.ndarray, stages: int, k: int, a: int, b: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     cuts, devices = [], []
     for s in range(stages - 1, 0, -1):
         j, z = came[s, k, a, b]

@@ -53,7 +53,7 @@ def cached(rows_of: RowsOf) -> RowsOf:
 
 def moved(before: int, after: int, size: float, devices: int) -> float:
     """Bytes that each device sends, ring-wise, to bring a tensor of `size` bytes from one placement to another."""
-    if before == after or before == REPLICATED:
+    if before in (after, REPLICATED):
         return 0.0
     part = (devices - 1) / devices * size
     if before == PARTIAL:
@@ -91,7 +91,9 @@ def deduce(graph: Graph, devices: int, given: Mapping[int, int], rows_of: RowsOf
     return found
 
 
-def _bind(graph: Graph, devices: int, tensor: int, split: int, found: list[int], free: set[int], rows_of: RowsOf) -> None:
+def _bind(
+    graph: Graph, devices: int, tensor: int, split: int, found: list[int], free: set[int], rows_of: RowsOf
+) -> None:
     """Place what depends on constants, and on nothing that is split, as its first reader wants it (a gradient of ones)."""
     free.discard(tensor)
     found[tensor] = split

@@ -6,6 +6,7 @@ backward pass of the last micro-batch as far as they fit there. Stages then foll
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
@@ -240,7 +241,7 @@ class Evaluator:
                 for hop in range(min(users), stage_at[i]):
                     back[hop] += size / plan.micro_batches
         devices = [stage.devices for stage in plan.stages]
-        pairs = list(zip(devices, devices[1:], strict=False))
+        pairs = list(itertools.pairwise(devices))
         forwards = [transfer(b, self.topology, *pair) if b else 0.0 for b, pair in zip(ahead, pairs, strict=True)]
         backwards = [transfer(b, self.topology, y, x) if b else 0.0 for b, (x, y) in zip(back, pairs, strict=True)]
         late = [transfer(b, self.topology, devices[-1], devices[s]) if b else 0.0 for s, b in enumerate(once)]

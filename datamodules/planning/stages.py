@@ -5,6 +5,7 @@ Legend: K layers or buckets, S stages, D devices, M micro-batches. Units: second
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -199,13 +200,13 @@ class Pipeline:
             cuts, devices: first layers and first devices of stages 1 to S - 1, ascending.
         """
         edges, starts = [0, *cuts, len(self.layers)], [0, *devices, self.topology.devices]
-        if any(a >= b for row in (edges, starts) for a, b in zip(row, row[1:], strict=False)):
+        if any(a >= b for row in (edges, starts) for a, b in itertools.pairwise(row)):
             raise ValueError(f"cuts {list(cuts)} and device cuts {list(devices)} must ascend and leave no stage empty")
-        groups = [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
-        spans = list(zip(edges, edges[1:], strict=False))
+        groups = [range(a, b) for a, b in itertools.pairwise(starts)]
+        spans = list(itertools.pairwise(edges))
         share = [self.micro_batches * len(group) for group in groups]
         hop_bytes = [self.layers.activation_K[end - 1] / self.micro_batches for _, end in spans[:-1]]
-        pairs = list(zip(groups, groups[1:], strict=False))
+        pairs = list(itertools.pairwise(groups))
         return {
             "forward": [self._between("forward_K", *span) / n for span, n in zip(spans, share, strict=True)],
             "backward": [self._between("backward_K", *span) / n for span, n in zip(spans, share, strict=True)],

@@ -166,7 +166,9 @@ def _rules(
             found = _admissible(rows_of(op, graph, k) if k > 1 else (), len(op.inputs), len(op.outputs))
             rules.append(found)
             for placed in found:
-                times.append(op_seconds(op, graph, placed.row, k, topology) + hidden(placed, op, graph, groups, topology))
+                times.append(
+                    op_seconds(op, graph, placed.row, k, topology) + hidden(placed, op, graph, groups, topology)
+                )
                 codes += [*placed.row[0], *placed.row[1]]
             row_ptr.append(len(times))
             code_ptr.append(len(codes))

@@ -77,7 +77,9 @@ class Topology:
                 raise TopologyError(f"topology {self.name}: {name} must be above 0, got {getattr(self, name)}")
         for name in ("efficiency", "memory_efficiency", "usable_memory"):
             if not 0 < getattr(self, name) <= 1:
-                raise TopologyError(f"topology {self.name}: {name} must be above 0, at most 1, got {getattr(self, name)}")
+                raise TopologyError(
+                    f"topology {self.name}: {name} must be above 0, at most 1, got {getattr(self, name)}"
+                )
         if not (math.isfinite(self.launch_s) and self.launch_s >= 0):
             raise TopologyError(f"topology {self.name}: launch_s must be 0 or more seconds, got {self.launch_s}")
         if "float32" not in self.flops_per_s:
@@ -214,5 +216,7 @@ def load_topology(name: str | Path) -> Topology:
     except yaml.YAMLError as error:
         raise TopologyError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
-        raise TopologyError(f"{path} holds no topology: a mapping with name, nodes, devices_per_node and so on is expected")
+        raise TopologyError(
+            f"{path} holds no topology: a mapping with name, nodes, devices_per_node and so on is expected"
+        )
     return Topology.from_dict({"name": path.stem, **values})

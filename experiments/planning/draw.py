@@ -73,7 +73,9 @@ def draw_blocks(axes: Axes, found: Sequence[Block], plan: Plan) -> None:
         axes.text(0.06, row, label if len(label) < 34 else label[:31] + "...", va="center", fontsize=7)
         for i, variable in enumerate(block.variables[:MOST_VARIABLES]):
             place = (start + 0.16 * i, row - 0.28)
-            axes.add_patch(Rectangle(place, 0.13, 0.56, facecolor=_split_colour(variable.split), edgecolor="#555555", lw=0.5))
+            axes.add_patch(
+                Rectangle(place, 0.13, 0.56, facecolor=_split_colour(variable.split), edgecolor="#555555", lw=0.5)
+            )
         if len(block.variables) > MOST_VARIABLES:
             axes.text(start + 0.16 * MOST_VARIABLES, row, "+", va="center", fontsize=7)
         scale = 1.8 / longest
@@ -109,11 +111,15 @@ def draw_timeline(axes: Axes, plan: Plan, cost: Breakdown) -> None:
             tasks = [(m, cost.line.start_f[m, x], cost.line.forward_X[x], FORWARD) for m in m_all]
             tasks += [(m, cost.line.start_b[m, x], cost.line.backward_X[x], BACKWARD) for m in m_all]
         for m, at, long, colour in tasks:
-            axes.add_patch(Rectangle((at * 1e3, s - 0.38), long * 1e3, 0.76, facecolor=colour, edgecolor="white", lw=0.4))
+            axes.add_patch(
+                Rectangle((at * 1e3, s - 0.38), long * 1e3, 0.76, facecolor=colour, edgecolor="white", lw=0.4)
+            )
             if long > 0.025 * cost.step_s and plan.micro_batches > 1:
                 axes.text((at + long / 2) * 1e3, s, str(m), ha="center", va="center", fontsize=6, color="white")
         end = max(at + long for _, at, long, _ in tasks)
-        axes.add_patch(Rectangle((end * 1e3, s - 0.38), stage.tail_s * 1e3, 0.76, facecolor=TAIL, edgecolor="white", lw=0.4))
+        axes.add_patch(
+            Rectangle((end * 1e3, s - 0.38), stage.tail_s * 1e3, 0.76, facecolor=TAIL, edgecolor="white", lw=0.4)
+        )
     if cost.line is not None:
         _draw_hops(axes, cost)
     axes.set_xlim(0, cost.step_s * 1e3 * 1.005)
@@ -137,7 +143,9 @@ def _draw_hops(axes: Axes, cost: Breakdown) -> None:
         x = 2 * hop + 1
         for start, long in ((cost.line.start_f, cost.line.forward_X[x]), (cost.line.start_b, cost.line.backward_X[x])):
             for at in start[:, x]:
-                axes.add_patch(Rectangle((at * 1e3, hop + 0.42), long * 1e3, 0.16, facecolor=HOP, edgecolor="white", lw=0.2))
+                axes.add_patch(
+                    Rectangle((at * 1e3, hop + 0.42), long * 1e3, 0.16, facecolor=HOP, edgecolor="white", lw=0.2)
+                )
 
 
 def draw_cost(axes: Axes, cost: Breakdown) -> None:
@@ -151,7 +159,13 @@ def draw_cost(axes: Axes, cost: Breakdown) -> None:
     if cost.overlap_s:
         left = max(cost.compute_s - cost.overlap_s, 0.0)
         axes.barh(
-            0.62, cost.overlap_s * 1e3, left=left * 1e3, height=0.3, color=PART_COLOURS["gradient_sum"], hatch="////", alpha=0.6
+            0.62,
+            cost.overlap_s * 1e3,
+            left=left * 1e3,
+            height=0.3,
+            color=PART_COLOURS["gradient_sum"],
+            hatch="////",
+            alpha=0.6,
         )
         axes.text(left * 1e3, 0.62, "gradient sums behind the backward pass ", va="center", ha="right", fontsize=6.5)
     axes.set_ylim(1.0, -0.45)
@@ -186,7 +200,15 @@ def draw_memory(axes: Axes, cost: Breakdown, topology: Topology) -> None:
     axes.spines["left"].set_visible(False)
     axes.set_xlabel(name)
     axes.set_title(f"Memory of the fullest device: {share:.1%} of the limit")
-    axes.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.45, -0.7), ncols=5, columnspacing=1.0, handlelength=1.2, frameon=False)
+    axes.legend(
+        handles=keys,
+        loc="upper center",
+        bbox_to_anchor=(0.45, -0.7),
+        ncols=5,
+        columnspacing=1.0,
+        handlelength=1.2,
+        frameon=False,
+    )
 
 
 def _stage_colour(stage: int) -> str:

@@ -107,11 +107,14 @@ def test_a_worker_killed_in_the_middle_loses_only_its_trial_which_is_retried(url
     assert [t.params for t in heirs] == [trials[victim.number].params]
     trained = Counter((runs / "trained.txt").read_text().split())
     assert set(trained.values()) == {1}, "a seed that was finished is not trained again"
-    assert len({t.user_attrs[WORKER]["pid"] for t in taken}) > 1
+    assert victim.user_attrs[WORKER]["pid"] not in {t.user_attrs[WORKER]["pid"] for t in heirs}
 
 
 @pytest.mark.slow
-def test_two_commands_at_once_share_the_work_and_keep_the_total(url: str, tmp_path: Path) -> None:
+def test_two_commands_at_once_share_the_work_and_keep_the_total(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOY_WORKERS", "4")  # nobody starts before all are there
     runs, total = tmp_path / "runs", 8
     study = open_study(space(), open_storage(url))
     crews = [_crew(_task(url, runs, total)) for _ in range(2)]
@@ -133,11 +136,11 @@ def test_two_commands_at_once_share_the_work_and_keep_the_total(url: str, tmp_pa
     taken = counted(study.trials)
     assert len(taken) == total
     assert len({t.user_attrs[WORKER]["pid"] for t in taken}) > 1
+    before = len(study.trials)
     again = _crew(_task(url, runs, total))
     again.fill(1)
     again.wait()
-    assert len(study.trials) == len(study.get_trials()), "the same command again adds nothing"
-    assert len(counted(study.trials)) == total
+    assert len(study.trials) == before, "the same command again adds nothing"
 
 
 def _state(name: str) -> Any:
@@ -157,6 +160,7 @@ def test_a_worker_is_dead_where_its_process_is_gone_or_another_has_its_number() 
     assert not is_dead(None)
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 def test_a_trial_of_a_dead_worker_is_queued_once_with_its_parameters(tmp_path: Path) -> None:
     study = open_study(space(), open_storage(f"sqlite:///{tmp_path / 'optuna.db'}"))
     trial = study.ask()
@@ -172,6 +176,7 @@ def test_a_trial_of_a_dead_worker_is_queued_once_with_its_parameters(tmp_path: P
     assert study.ask().suggest_float("rate", 0.001, 0.1, log=True) == drawn
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 def test_a_trial_that_kills_its_worker_again_and_again_is_given_up(tmp_path: Path) -> None:
     study = open_study(space(), open_storage(f"sqlite:///{tmp_path / 'optuna.db'}"))
     for _ in range(10):

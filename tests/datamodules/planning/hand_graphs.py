@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from datamodules.planning.graph import Graph, Op, Parameter, TensorInfo
 
 
@@ -33,7 +35,7 @@ class Writer:
 def perceptron(batch: int = 16, widths: tuple[int, ...] = (8, 32, 8)) -> Graph:
     """Linear layers with relu between, summed to a loss; weights are [in, out], gradients by hand."""
     w = Writer()
-    weights = [w.tensor(f"w{i}", a, b) for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False))]
+    weights = [w.tensor(f"w{i}", a, b) for i, (a, b) in enumerate(itertools.pairwise(widths))]
     x = w.tensor("x", batch, widths[0])
     given, values, current = x, [x], x
     for i, weight in enumerate(weights):

@@ -143,7 +143,7 @@ class PlanData(LightningDataModule):
         from datamodules.planning.workloads import load_graph
 
         graph = load_graph(name, **self.arguments)
-        return graph_staging(graph, self.topology, self.stages, self.granularity, **shown)
+        return graph_staging(graph, self.topology, self.stages, self.granularity or 128, **shown)
 
     def environments(self, count: int, observer: Observer | None = None) -> list[PlanEnvironment]:
         """Return environments, each with a problem of its own, which tell an observer of decisions and plans."""
@@ -192,7 +192,7 @@ class PlanData(LightningDataModule):
         return self.source.optimum()
 
     def judged(self, record: Any, budget: int) -> dict[str, float]:
-        """Return what a search logs of the best plan it met: `search/*`, `gap_at/*` and `plan/*`; nothing for made-up models."""
+        """Return what a search logs of its best plan: `search/*`, `gap_at/*` and `plan/*`; nothing for made-up models."""
         if self.task == "general":
             return {}
         problem = self.source.problem()

@@ -191,8 +191,11 @@ def ui(
 def bench() -> None:
     """Measure the kernels against named peers in the same run, as ratios."""
     from experiments.bench import run_bench
+    from experiments.bench_plans import run_plan_bench
 
-    run_bench(_places("small").results / "bench")
+    out = _places("small").results / "bench"
+    run_bench(out)
+    run_plan_bench(out)
 
 
 def main() -> None:

@@ -78,7 +78,7 @@ def pruning(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Ca
 
 
 def plan(spec: PaperSpec, figure: Figure, estimates: Estimates, records: Sequence[Record]) -> Canvas | None:
-    """The plan that the first seed of the first row found: blocks of the model with their variables as they lie, and its cost."""
+    """The plan that the first seed of the first row found: blocks of the model with their variables, and what it costs."""
     mine = [r for r in records if (r.key.ablation, r.key.data) == (figure.rows[0], figure.data) and r.state == "done"]
     for record in sorted(mine, key=lambda r: r.key.seed)[:1]:
         if (record.path / PLAN).exists():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from experiments.claims import Claim, PaperSpec
 from experiments.verdict import Verdict
 
-TESTS = {"t": "a t test", "sign_flip": "a sign-flip test"}
+TESTS = {"t": "a t test", "sign_flip": "a sign-flip test", "crossed": "t test over seeds and images, crossed"}
 
 
 def explained(spec: PaperSpec, verdicts: Sequence[Verdict]) -> dict[str, list[str]]:

@@ -83,7 +83,7 @@ def views(spec: PaperSpec) -> list[View]:
 
 def _word(metric: Metric) -> str:
     """The tag under which a parent says a metric's mean and interval in words."""
-    return tracking_views.tag_name(f"{metric.label} ({metric.unit})")
+    return tracking_views.tag_name(f"{metric.label}: {metric.unit}")
 
 
 def show(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from experiments import tracking
@@ -55,14 +55,13 @@ class View:
         shown = [*FIRST_COLUMNS, *self.columns] if self.columns else []
         return charts | {
             "columnOrder": shown,
-            "columnWidths": {name: WIDTHS.get(name.partition("`")[0], 110) for name in shown} | FIRST_COLUMNS
-            if shown
-            else {},
+            "columnWidths": {name: FIRST_COLUMNS.get(name) or WIDTHS[name.partition("`")[0]] for name in shown},
             "searchFilter": self.search,
             "orderByKey": self.order_by,
             "orderByAsc": self.ascending,
             "selectedColumns": list(self.columns),
             "groupBy": {"aggregateFunction": "average", "groupByKeys": groups} if groups else None,
+            "isAccordionReordered": bool(self.bars),  # or the UI would sort the sections of charts by name
             "useGroupedValuesInCharts": True,
             "runsHiddenMode": "FIRST_20_RUNS",
         }
@@ -111,7 +110,7 @@ def annotate(
 
 def tag_name(label: str) -> str:
     """Return words as a tag's name that the tracker takes and a column can show."""
-    return tracking._clean(label)[:100]
+    return re.sub(r"[^\w/.: -]+", " ", label, flags=re.ASCII)[:100].strip()
 
 
 def report_run(store: Store, experiment_id: str, paper: str, profile: str, name: str) -> str:
@@ -161,8 +160,3 @@ def experiment_of(store: Store, paper: str) -> str | None:
     """Return the id of a paper's experiment, or None where there is none."""
     found = tracking._client(store).search_experiments(filter_string=f"tags.paper = {tracking._quoted(paper)}")
     return str(found[0].experiment_id) if found else None
-
-
-def files_of(store: Store, run_id: str, folder: str, target: Path) -> Path:
-    """Fetch a run's folder of artifacts into `target`; return where it lies."""
-    return Path(tracking._client(store).download_artifacts(run_id, folder, str(target)))

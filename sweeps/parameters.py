@@ -41,7 +41,7 @@ class Parameter:
 
     name: str
     path: str | None = None
-    choices: tuple[Scalar, ...] | list[Scalar] | None = None
+    choices: tuple[Scalar, ...] | None = None
     options: Mapping[str, Mapping[str, Any]] | None = None
     low: float | None = None
     high: float | None = None

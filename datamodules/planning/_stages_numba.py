@@ -1,8 +1,8 @@
 """Compiled searches of pipeline cuts: the dynamic programme on the short form, branch and bound on the exact length.
 
 Places of device cuts come in windows: option a of cut s is the first device of stage s; stage s between options a and b has
-`count[s, a, b]` devices (0: none) and sums gradients in the least of three straight lines `sums[s, a, b]` of its bytes, and hands
-over to the next stage along the straight line `hop[s, a, b, c]`. Prefix sums have K + 1 entries.
+`count[s, a, b]` devices (0: none) and sums gradients in the least of three straight lines `sums[s, a, b]` of its bytes, and
+hands over to the next stage along the straight line `hop[s, a, b, c]`. Prefix sums have K + 1 entries.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def cheapest_under(ceiling, both, cross, count, hop, fits, values, came):
     """Least sum of all resources of which none reaches `ceiling`: the dynamic programme over (stage, layers, devices).
 
     `values[s, k, a, b]` is the least sum of the first s + 1 stages, ending before layer k, stage s between options a and b.
-    Times are of one micro-batch. Returns (sum, options of the last stage), infinity where there is none; `came[s, k, a, b]` says
-    (layer, option) before.
+    Times are of one micro-batch. Returns (sum, options of the last stage), infinity where there is none; `came[s, k, a, b]`
+    says (layer, option) before.
     """
     stages, layers = count.shape[0], len(both) - 1
     values[:] = np.inf

@@ -185,6 +185,6 @@ def slowest(kind: Kind, size_bytes: float, groups: Sequence[Group], topology: To
 def bucketed(
     kind: Kind, size_bytes: float, groups: Sequence[Group], topology: Topology, bucket: float = BUCKET
 ) -> float:
-    """Seconds that a gradient adds where gradients travel together in buckets: its bytes, and its share of a bucket's latency."""
+    """Seconds that a gradient adds where gradients travel in buckets: its bytes, and its share of a bucket's latency."""
     alone, latency = slowest(kind, size_bytes, groups, topology), slowest(kind, 0.0, groups, topology)
     return alone - latency * (1 - min(1.0, size_bytes / bucket))

@@ -1,7 +1,7 @@
 """Automatic data parallelism as decisions: one slot for each dim of each input, split over all devices or not.
 
-On an intermediate representation nobody says which dim of which argument is the batch: it has to be found. Batch dims follow the
-data from input to input, so a decision about one settles the others by its linkage group.
+On an intermediate representation nobody says which dim of which argument is the batch: it has to be found. Batch dims follow
+the data from input to input, so a decision about one settles the others by its linkage group.
 Source: dossier 1.2, 1.6.
 """
 

@@ -231,8 +231,9 @@ def _stages(graph: Graph, plan: Plan, cost: Breakdown) -> Iterator[str]:
         )
         mesh = f"{stage.data} x {stage.ways}"
         yield (
-            f"  {s}: devices {_span(stage.devices)} as {mesh} (batch x split), {first} ... {last}: forward {_ms(spent.forward_s)}, "
-            f"backward {_ms(spent.backward_s)}, then {_ms(spent.tail_s)}; {_mb(spent.memory.total)}"
+            f"  {s}: devices {_span(stage.devices)} as {mesh} (batch x split), {first} ... {last}: "
+            f"forward {_ms(spent.forward_s)}, backward {_ms(spent.backward_s)}, then {_ms(spent.tail_s)}; "
+            f"{_mb(spent.memory.total)}"
         )
 
 

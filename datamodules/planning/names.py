@@ -19,8 +19,21 @@ def is_workload(name: str) -> bool:
 def workload_sha256(name: str) -> str:
     """Return the sha256 of the code that makes a workload: graphs are traced from it, whatever machine traces them."""
     folder = Path(__file__).parent
-    stems = ("graph", "trace", "recorder", "assemble", "decompose", "simplify", "flops", "vocabulary", "stage_model")
-    files = [folder / f"{stem}.py" for stem in stems] + sorted(folder.glob("workloads*.py"))
+    stems = (
+        "graph",
+        "trace",
+        "recorder",
+        "assemble",
+        "decompose",
+        "simplify",
+        "flops",
+        "vocabulary",
+        "stages",
+        "pipeline_env",
+    )
+    files = [folder / f"{stem}.py" for stem in stems] + sorted(
+        [*folder.glob("workloads*.py"), *folder.glob("profiles/*.yaml")]
+    )
     code = "".join(f"{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\0" for file in files)
     return hashlib.sha256(f"{name}\0{code}".encode()).hexdigest()
 

@@ -164,23 +164,26 @@ def _once(
     rules = optimize.LinearConstraint(matrix, np.array(program.low), np.array(program.high))
     size = {"variables": len(cost), "whole": int(sum(program.whole)), "constraints": len(program.low)}
 
-    def finished(solution: np.ndarray) -> tuple[np.ndarray, float]:
-        place = sharding.chosen(solution)
-        if improve and sharding.fractional(solution):
+    def finished(solution: np.ndarray) -> tuple[bool, float, np.ndarray]:
+        """Whether a memory constraint is broken by rounding, seconds of a step, placements."""
+        place, rounded = sharding.chosen(solution), sharding.fractional(solution) > 0
+        if improve and rounded:
             place = _descended(sharding, place, topology, micro_batches, overlap)
-        return place, value_of(tables, place, topology, micro_batches, overlap)
+        broken = rounded and sharding.limits > 0
+        broken = broken and memory_of(tables, place, micro_batches).total > topology.memory_limit
+        return broken, value_of(tables, place, topology, micro_batches, overlap), place
 
     relaxed = optimize.milp(cost, bounds=bounds, constraints=rules, options={"time_limit": time_limit})
     if relaxed.status == 2:
         raise NoPlan(_too_large(tables, topology))
-    best: tuple[np.ndarray, float] | None = None
+    best: tuple[bool, float, np.ndarray] | None = None
     bound = -np.inf
     if relaxed.x is not None and relaxed.status == 0:
         bound, size["fractional"] = float(relaxed.fun) / UNIT, sharding.fractional(relaxed.x)
         if improve or not size["fractional"]:
             best = finished(relaxed.x)
-            if best[1] - bound <= precision * best[1]:
-                return _Solved(*best, bound, "the linear relaxation reaches the same value", size)
+            if not best[0] and best[1] - bound <= precision * best[1]:
+                return _Solved(best[2], best[1], bound, "the linear relaxation reaches the same value", size)
     left = max(time_limit - (time.perf_counter() - started), 1.0)
     options = {"time_limit": left, "mip_rel_gap": precision / 2}
     whole = optimize.milp(cost, integrality=np.array(program.whole), bounds=bounds, constraints=rules, options=options)
@@ -188,14 +191,16 @@ def _once(
         raise NoPlan(_too_large(tables, topology))
     if whole.x is not None:
         other = finished(whole.x)
-        best = other if best is None or other[1] <= best[1] else best
+        best = other if best is None or other[:2] <= best[:2] else best
     if whole.mip_dual_bound is not None:
         bound = max(bound, float(whole.mip_dual_bound) / UNIT)
     if best is None:
         raise NoPlan(f"{tables.graph.name}: no plan was found within {time_limit:.0f} s; allow more time")
     reached = (best[1] - bound) / best[1]
     done = f"branch and bound closed the gap to {max(reached, 0):.1e}"
-    return _Solved(*best, bound, done if reached <= precision else f"time is up at a gap of {reached:.3%}", size)
+    return _Solved(
+        best[2], best[1], bound, done if reached <= precision else f"time is up at a gap of {reached:.3%}", size
+    )
 
 
 def _descended(
@@ -228,8 +233,8 @@ def _too_large(tables: Tables, topology: Topology) -> str:
         else "with its activations it exceeds the limit wherever they lie"
     )
     return (
-        f"{tables.graph.name} does not fit on topology {topology.name} ({topology.memory_limit:,} bytes a device): {cause}; take "
-        "more devices, more micro-batches or a smaller batch"
+        f"{tables.graph.name} does not fit on topology {topology.name} ({topology.memory_limit:,} bytes a device): {cause}; "
+        "take more devices, more micro-batches or a smaller batch"
     )
 
 

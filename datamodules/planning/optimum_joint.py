@@ -1,9 +1,9 @@
 """The best plan over meshes and stages together: pipeline stages, batch rows and split columns.
 
-Each mesh of a stage's devices has its own optimum of placements (the integer programme, on the whole graph); the stages are then
-cut by branch and bound over what every operation takes there. What comes out is priced as a whole, so its value is exact; the
-bound is one that no plan of these stages and micro-batches is below, since some stage has its share of the work, each operation
-done in the fastest way and nothing sent.
+Each mesh of a stage's devices has its own optimum of placements (the integer programme, on the whole graph); the stages are
+then cut by branch and bound over what every operation takes there. What comes out is priced as a whole, so its value is
+exact; the bound is one that no plan of these stages and micro-batches is below, since some stage has its share of the work,
+each operation done in the fastest way and nothing sent.
 """
 
 from __future__ import annotations

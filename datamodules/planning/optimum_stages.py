@@ -4,8 +4,8 @@ The short form (sum of all resources + (M - 1) times the slowest) by an exact dy
 solved under a ceiling on the slowest resource that is lowered until nothing is left, so that every pair (sum, slowest) worth
 having is seen. The exact length by branch and bound from there.
 
-Source: Alpa (OSDI 2022) section 5 for the dynamic programme, which tries a list of ceilings; here the next ceiling is the slowest
-resource of the last solution, and the short form has hops as resources of their own.
+Source: Alpa (OSDI 2022) section 5 for the dynamic programme, which tries a list of ceilings; here the next ceiling is the
+slowest resource of the last solution, and the short form has hops as resources of their own.
 """
 
 from __future__ import annotations

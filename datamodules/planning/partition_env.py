@@ -6,17 +6,28 @@ Legend: N slots, V variables, F features.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
-OPEN, REPLICATED, PARTITIONED = -1, 0, 1  # the paper's three values of a slot
+from datamodules.planning.slot_table import (
+    OPEN,
+    PARTITIONED,
+    REPLICATED,
+    Assignments,
+    Pruning,
+    SlotTable,
+    closed,
+    largest_first,
+    natural_order,
+    opponents,
+)
+
+__all__ = ["OPEN", "PARTITIONED", "REPLICATED", "Assignments", "PartitionProblem", "Pricer", "Pruning", "SlotTable"]
+
 EXTRAS = 6  # features beside the slots and the pointer
 TIE = 0.5  # what all bytes together weigh against one variable, where numbers of variables are equal
 
-Assignments = tuple[tuple[int, int], ...]  # (slot, REPLICATED or PARTITIONED)
 Objective = Literal["count", "time"]
 
 
@@ -38,79 +49,6 @@ class Pricer(Protocol):
         """Take the last set back."""
 
 
-@dataclass(frozen=True)
-class Pruning:
-    """The paper's pruning strategies as switches.
-
-    Attributes:
-        linkage: a decision takes its whole linkage group with it, and slots that it leaves no choice take no step.
-        ordering: slots whose propagation reaches most come first.
-        tying: repeated blocks are decided once.
-        mask: actions that break a rule are not offered; without, taking one ends the plan.
-        bound: branches that cannot beat the best plan are dropped (exhaustive search only).
-    """
-
-    linkage: bool = True
-    ordering: bool = True
-    tying: bool = True
-    mask: bool = True
-    bound: bool = True
-
-
-@dataclass(frozen=True)
-class SlotTable:
-    """What each decision brings with it.
-
-    Attributes:
-        names: of the slots, such as "encoder.0.q.weight[0]".
-        variable: of each slot, from 0 to V - 1.
-        bytes_V: of each variable.
-        replicated: per slot, what follows from replicating it; None for a conflict.
-        partitioned: per slot, what follows from partitioning it, itself not included; None for a conflict.
-        reach: per slot, how many tensors its partitioning determines.
-        copies_V: how many variables of the model each stands for, where repeated blocks are tied; empty for one each.
-    Raises:
-        ValueError: lengths that differ or a slot out of range.
-    """
-
-    names: tuple[str, ...]
-    variable: tuple[int, ...]
-    bytes_V: tuple[int, ...]
-    replicated: tuple[Assignments | None, ...]
-    partitioned: tuple[Assignments | None, ...]
-    reach: tuple[int, ...]
-    copies_V: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        count = len(self.names)
-        for name in ("variable", "replicated", "partitioned", "reach"):
-            if len(getattr(self, name)) != count:
-                raise ValueError(f"{name} has {len(getattr(self, name))} entries for {count} slots")
-        for group in (*self.replicated, *self.partitioned):
-            for slot, value in group or ():
-                if not 0 <= slot < count or value not in (REPLICATED, PARTITIONED):
-                    raise ValueError(f"a group assigns {value} to slot {slot}, of {count} slots")
-        if count and not 0 <= min(self.variable) <= max(self.variable) < len(self.bytes_V):
-            raise ValueError(f"slots name variables {sorted(set(self.variable))}, of {len(self.bytes_V)}")
-        if self.copies_V and len(self.copies_V) != len(self.bytes_V):
-            raise ValueError(f"copies_V has {len(self.copies_V)} entries for {len(self.bytes_V)} variables")
-
-    @property
-    def weight_V(self) -> tuple[int, ...]:
-        """How many variables each one counts for."""
-        return self.copies_V or (1,) * len(self.bytes_V)
-
-
-def natural_order(table: SlotTable) -> tuple[int, ...]:
-    """Return the slots as they stand in the model."""
-    return tuple(range(len(table.names)))
-
-
-def largest_first(table: SlotTable) -> tuple[int, ...]:
-    """Return the slots by how many tensors they determine, most first (HPGO's order of parameters)."""
-    return tuple(sorted(range(len(table.names)), key=lambda slot: (-table.reach[slot], slot)))
-
-
 class PartitionProblem:
     """Decide for each slot whether its dimension is split over all devices; one dimension of a variable at most.
 
@@ -118,7 +56,8 @@ class PartitionProblem:
         name: for people.
         table: what decisions bring with them.
         objective: "count": as many variables as possible, then as many of their bytes (the paper's reward); the cost is
-            one more than the number of variables not partitioned, plus at most half for bytes. "time": seconds of a step by `pricer`.
+            one more than the number of variables not partitioned, plus at most half for bytes. "time": seconds of a step by
+            `pricer`.
         pricer: of the "time" objective; with the "count" objective it is left alone.
         pruning: which of the paper's strategies are on.
         reference: cost of the plan to beat; of the plan with nothing partitioned where it is None.
@@ -149,9 +88,10 @@ class PartitionProblem:
         self._weight_V, self._bytes = table.weight_V, sum(table.bytes_V)
         self.variables = sum(self._weight_V)
         self.scale = float(max(1, self.variables)) if objective == "count" else None
-        self._groups = _closed(table)
-        self._opponents = _opponents(self._groups, self.horizon)
+        self._groups = closed(table)
+        self._opponents = opponents(self._groups, self.horizon)
         self._place = {slot: place for place, slot in enumerate(self.order)}
+        self._priced = 0  # slots that the pricer has set
         self.reset()
         self.reference = self.cost() if reference is None else reference
 
@@ -159,12 +99,11 @@ class PartitionProblem:
 
     def reset(self) -> None:
         """Forget every decision."""
-        if self.pricer is not None and getattr(self, "_frames", None):
-            for frame in self._frames:
-                for slot in frame:
-                    if self._value[slot] == PARTITIONED:
-                        self.pricer.undo()
-        self._value = [OPEN] * self.horizon
+        if self.pricer is not None:
+            for _ in range(self._priced):
+                self.pricer.undo()
+        self._priced = 0
+        self._value: list[int] = [OPEN] * self.horizon
         self._blocked = [0] * (2 * self.horizon)
         for pair, group in enumerate(self._groups):
             if group is None:
@@ -288,6 +227,7 @@ class PartitionProblem:
         self._count += change * self._weight_V[variable]
         self._bytes_split += change * self.table.bytes_V[variable]
         if self.pricer is not None:
+            self._priced += change
             if change > 0:
                 self.pricer.set(slot, PARTITIONED)
             else:
@@ -364,50 +304,3 @@ class PartitionProblem:
     def plan(self) -> dict[str, int]:
         """Return {slot's name: 1} of what is partitioned, in the model's order."""
         return {name: value for name, value in zip(self.table.names, self._value, strict=True) if value == PARTITIONED}
-
-
-def _closed(table: SlotTable) -> list[Assignments | None]:
-    """Each decision's group with the slot itself and, of every variable it partitions, the other dimensions replicated."""
-    siblings: dict[int, list[int]] = {}
-    for slot, variable in enumerate(table.variable):
-        siblings.setdefault(variable, []).append(slot)
-    found: list[Assignments | None] = []
-    for slot in range(len(table.names)):
-        found.append(_merged(table, siblings, slot, REPLICATED, table.replicated[slot]))
-        found.append(_merged(table, siblings, slot, PARTITIONED, table.partitioned[slot]))
-    return found
-
-
-def _merged(
-    table: SlotTable, siblings: dict[int, list[int]], slot: int, action: int, group: Assignments | None
-) -> Assignments | None:
-    if group is None:
-        return None
-    merged = {slot: action}
-    for other, value in group:
-        if merged.setdefault(other, value) != value:
-            return None
-    for other in [slot for slot, value in merged.items() if value == PARTITIONED]:
-        for sibling in siblings[table.variable[other]]:
-            if sibling != other and merged.setdefault(sibling, REPLICATED) != REPLICATED:
-                return None
-    return tuple(merged.items())
-
-
-def _opponents(groups: Sequence[Assignments | None], slots: int) -> list[list[int]]:
-    """For each (slot, value), the decisions (2 * slot + action) whose groups give that slot the other value."""
-    found: list[list[int]] = [[] for _ in range(2 * slots)]
-    for pair, group in enumerate(groups):
-        for slot, value in group or ():
-            found[2 * slot + 1 - value].append(pair)
-    return found
-
-
-def summary(problem: PartitionProblem) -> dict[str, Any]:
-    """Return how many slots, feasible ones and groups a table has: what folding leaves of the raw 2^N plans."""
-    table = problem.table
-    feasible = [slot for slot in range(len(table.names)) if problem._groups[2 * slot + 1] is not None]
-    groups = {
-        frozenset(s for s, value in problem._groups[2 * slot + 1] or () if value == PARTITIONED) for slot in feasible
-    }
-    return {"slots": len(table.names), "feasible": len(feasible), "groups": len(groups)}

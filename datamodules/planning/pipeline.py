@@ -3,7 +3,7 @@
 S stages are S - 1 hops apart; stages and hops alike are resources, 2S - 1 of them, which take one task at a time. Legend:
 X resources, S stages, M micro-batches. Units: seconds.
 
-Source: the recursion of HPGO's FPL (start of f(i, x): the end of f(i-1, x), of f(i, x-1) and of b(i-phi_x, x); start of b(i, x):
+Source: the recursion of HPGO's FPL (start of f(i, x): the end of f(i-1, x), of f(i, x-1), of b(i-phi_x, x); start of b(i, x):
 the end of b(i, x+1), of b(i-1, x) and of f(i+phi_x-1, x)), and its short form. Departs from it where phi falls: here phi is a
 stage's number from the end (1F1B), its hop the same as the stage before it, so that no more micro-batches are held than 1F1B
 holds; FPL lets it fall by one a resource.
@@ -90,8 +90,8 @@ def short_form(
 ) -> float:
     """Sum of all resources + (M - 1) times the slowest + what gradient sums (`tails`, per stage) stick out.
 
-    Stage i ends i stages' backward before the first one does, which hides as much of its gradient sum. Of GPipe it is never above
-    the exact length and equals it where one resource is the slowest in both directions; of 1F1B it may lie on either side.
+    Stage i ends i stages' backward before the first one does, which hides as much of its gradient sum. Of GPipe it is never
+    above the exact length and equals it where one resource is the slowest both ways; of 1F1B it may lie on either side.
     """
     both = interleave(forward, hops_forward) + interleave(backward, hops_backward)
     behind = np.concatenate([[0.0], np.cumsum(interleave(backward, hops_backward))[:-1]])[::2]

@@ -5,6 +5,7 @@ Legend: K buckets, S stages, D devices, F features.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -279,11 +280,11 @@ class PipelineProblem:
         """
         s, found = self.stages, np.zeros(self.width, dtype=np.float32)
         rows, ends = (0, *self.cuts, len(self.buckets)), (0, *self.device_cuts, self.devices)
-        for n, (a, b) in enumerate(zip(rows, rows[1:], strict=False)):
+        for n, (a, b) in enumerate(itertools.pairwise(rows)):
             place = n if n < len(rows) - 2 else s - 1  # the remainder is the last bar
             found[place] = (self._time_K1[b] - self._time_K1[a]) / self._total
             found[2 * s + place] = self.buckets.parameters_K[a:b].sum() / max(1.0, self.buckets.parameters_K.sum())
-        for n, (a, b) in enumerate(zip(ends, ends[1:], strict=False)):
+        for n, (a, b) in enumerate(itertools.pairwise(ends)):
             found[s + (n if n < len(ends) - 2 else s - 1)] = (b - a) / self.devices
         if not self.done:
             found[3 * s + len(self._taken)] = 1.0
@@ -316,25 +317,6 @@ class PipelineProblem:
         return {"cuts": list(cuts), "devices": list(devices)}
 
 
-def bucketed(whole: Buckets, granularity: int) -> Buckets:
-    """Return a row of operations as `granularity` buckets of about equal time (fewer where there are fewer operations).
-
-    Raises:
-        ValueError: a granularity below 2.
-    """
-    if granularity < 2:
-        raise ValueError(f"granularity must be at least 2, got {granularity!r}")
-    cumulative = np.cumsum(whole.seconds_K)
-    wanted = cumulative[-1] * np.arange(1, granularity) / granularity
-    ends = np.unique(np.clip(np.searchsorted(cumulative, wanted) + 1, 1, len(whole) - 1))
-    edges = [0, *ends.tolist(), len(whole)]
-    pieces = list(zip(edges, edges[1:], strict=False))
-    seconds, weights, kept = (
-        np.array([row[a:b].sum() for a, b in pieces]) for row in (whole.seconds_K, whole.parameters_K, whole.kept_K)
-    )
-    return Buckets(whole.name, seconds, np.array([whole.activation_K[b - 1] for _, b in pieces]), weights, kept)
-
-
 def random_buckets(rng: np.random.Generator, count: int = 128) -> Buckets:
     """Return a made-up model: layers of random sizes, a heavy or light front and end, parameters anywhere (our distribution).
 
@@ -344,7 +326,7 @@ def random_buckets(rng: np.random.Generator, count: int = 128) -> Buckets:
     edges = np.unique(np.concatenate([[0], np.sort(rng.integers(1, count, layers)), [count]]))
     seconds, activation, parameters = (np.empty(count) for _ in range(3))
     base, drift = rng.uniform(0.5, 2.0), rng.uniform(-0.7, 0.7)
-    for a, b in zip(edges[:-1], edges[1:], strict=True):
+    for a, b in itertools.pairwise(edges):
         level = base * math.exp(drift * a / count) * math.exp(rng.normal(0.0, 0.3))
         seconds[a:b] = level * np.exp(rng.normal(0.0, 0.2, b - a))
         activation[a:b] = math.exp(rng.normal(0.0, 0.5)) * np.exp(rng.normal(0.0, 0.5, b - a))

@@ -135,7 +135,8 @@ class Plan:
                 raise PlanError(f"a plan of version {plain['version']}; this code reads version {VERSION}")
             stages = tuple(
                 StagePlan(
-                    *(int(op) for op in stage["ops"]),
+                    first_op=int(stage["ops"][0]),
+                    last_op=int(stage["ops"][1]),
                     devices=tuple(int(device) for device in stage["devices"]),
                     data=int(stage["data"]),
                     splits={int(t): int(s) for t, s in stage["splits"]},

@@ -5,11 +5,12 @@ Legend: N slots, V variables.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from datamodules.planning.data_env import batch_agreement, input_problem
 from datamodules.planning.graph import Graph
 from datamodules.planning.linkage import Decisions, decisions
 from datamodules.planning.optimum import NoPlan, paper_optimum, sharding_optimum
+from datamodules.planning.optimum_stages import stage_optimum
 from datamodules.planning.partition_env import Objective, PartitionProblem, Pruning, SlotTable
 from datamodules.planning.pipeline_env import Buckets, PipelineProblem, Window, random_buckets
 from datamodules.planning.plan import Plan, StagePlan, batch_dims, pure_data_parallel
@@ -26,7 +28,8 @@ from datamodules.planning.problem import Optimum, Problem
 from datamodules.planning.published import agreement
 from datamodules.planning.rules import REPLICATED, Space
 from datamodules.planning.searchers import Budget, search
-from datamodules.planning.stage_model import ArrayStages, dapple_bert_48, divided, graph_buckets
+from datamodules.planning.stage_model import StagePricer, divided, layers_from, rebucketed
+from datamodules.planning.stages import Layers, Pipeline, layers_of, load_profile
 from datamodules.planning.topology import Topology
 
 Task = Literal["partition", "data", "pipeline", "general", "none"]
@@ -101,15 +104,25 @@ class Partitioning:
 
     def problem(self) -> PartitionProblem:
         """Return a problem of its own state."""
+        return self._problem(self.pruning)
+
+    def _problem(self, pruning: Pruning) -> PartitionProblem:
         pricer = None
-        if self.objective == "time":
-            members = [self.decided.members[v] for v in self.decided.variable]
-            pricer = PartitionPricer(
-                self.graph, self.topology, self.decided.slots, self.data, self.inputs, members=members
-            )
-        return PartitionProblem(
-            self.graph.name, slot_table(self.decided), self.objective, pricer, self.pruning, self.reference
-        )
+        if self._pricer is not None:
+            pricer = copy.copy(self._pricer)  # shares what does not change,
+            pricer.reset()  # and makes anew what does
+        return PartitionProblem(self.graph.name, self._table, self.objective, pricer, pruning, self.reference)
+
+    @cached_property
+    def _table(self) -> SlotTable:
+        return slot_table(self.decided)
+
+    @cached_property
+    def _pricer(self) -> PartitionPricer | None:
+        if self.objective != "time":
+            return None
+        members = [self.decided.members[v] for v in self.decided.variable]
+        return PartitionPricer(self.graph, self.topology, self.decided.slots, self.data, self.inputs, members=members)
 
     def optimum(self) -> Optimum:
         """Return the least cost, proven: by going through all plans, or where they are many by the integer programme.
@@ -118,9 +131,7 @@ class Partitioning:
             NoPlan: none fits into memory.
         """
         begun = time.perf_counter()
-        folded = PartitionProblem(
-            self.graph.name, slot_table(self.decided), self.objective, self.problem().pricer, Pruning(), self.reference
-        )
+        folded = self._problem(Pruning())
         if self.objective == "count" or len(self.decided.families) <= ENUMERATED:
             found = search(folded, "exhaustive", Budget(steps=2_000_000))
             if not math.isfinite(found.cost):
@@ -216,59 +227,72 @@ class InputSplitting:
 
 @dataclass(frozen=True)
 class Staging:
-    """Pipeline stages of one model: a row of buckets on a topology."""
+    """Pipeline stages of one model: a row of layers or buckets on a topology.
 
-    buckets: Buckets
-    forward_share: float
+    Args:
+        window: where an agent may cut; the optimum is over device cuts within its radius, and model cuts anywhere.
+        arrays: whether an agent sees the row.
+        published: cuts that the paper prints, in layers.
+    """
+
+    layers: Layers
     topology: Topology
     stages: int
     window: Window = field(default_factory=Window)
     micro_batches: int = 16
     arrays: bool = False
     published: tuple[int, ...] = ()
-    per_bucket: float = 1.0
+
+    @cached_property
+    def _pricer(self) -> StagePricer:
+        return StagePricer(Pipeline(self.layers, self.topology, self.micro_batches))
 
     def problem(self) -> PipelineProblem:
         """Return a problem of its own state."""
-        model = ArrayStages(self.buckets, self.topology, self.micro_batches, forward_share=self.forward_share)
         sizes = set(self.topology.sizes)
         per_server = sizes.pop() if len(sizes) == 1 else None
+        buckets = Buckets(
+            self.layers.name,
+            self.layers.seconds_K,
+            self.layers.activation_K,
+            self.layers.parameters_K,
+            self.layers.saved_K,
+        )
         return PipelineProblem(
-            self.buckets, model, self.stages, self.topology.devices, per_server, self.window, self.arrays
+            buckets, self._pricer, self.stages, self.topology.devices, per_server, self.window, self.arrays
         )
 
     def optimum(self) -> Optimum:
-        """Return the least length within the window, proven by going through all plans that the bound leaves."""
-        begun = time.perf_counter()
-        problem = self.problem()
-        found = search(problem, "exhaustive", Budget(steps=5_000_000), first="greedy")
-        if not math.isfinite(found.cost):
-            raise NoPlan(f"{self.buckets.name}: no {self.stages} stages fit into the memory of {self.topology.name}")
-        return Optimum(found.cost, "exhaustive", found.proven, time.perf_counter() - begun, found.decisions)
+        """Return the least length, proven by branch and bound.
+
+        Raises:
+            NoPlan: no cut fits into memory.
+        """
+        best = stage_optimum(self._pricer.pipeline, self.stages, self.window.device_radius)
+        return Optimum(best.value, "branch and bound", best.proven, best.seconds)
 
     def say(self, problem: Any) -> dict[str, float]:
-        """Return the cuts, in layers where the published ones are known, and the largest distance from those."""
+        """Return the cuts, and the largest distance of model cuts from the published ones."""
         plan = problem.plan()
         found = {f"plan/device_cut_{n}": float(cut) for n, cut in enumerate(plan["devices"], start=1)}
-        found |= {f"plan/cut_{n}": cut / self.per_bucket for n, cut in enumerate(plan["cuts"], start=1)}
-        sizes = self.topology.sizes
-        boundaries = {sum(sizes[: n + 1]) for n in range(len(sizes))}
+        found |= {f"plan/cut_{n}": float(cut) for n, cut in enumerate(plan["cuts"], start=1)}
+        boundaries = set(np.cumsum(self.topology.sizes).tolist())
         found["plan/at_servers"] = 100.0 * float(np.mean([cut in boundaries for cut in plan["devices"]] or [1.0]))
         if self.published:
-            off = [abs(cut / self.per_bucket - known) for cut, known in zip(plan["cuts"], self.published, strict=True)]
-            found["plan/cuts_off"] = max(off)
+            off = [abs(cut - 1 - known) for cut, known in zip(plan["cuts"], self.published, strict=True)]
+            found["plan/cuts_off"] = float(max(off))  # the row begins with the embedding
         return found
 
 
 def drawn_staging(
     rng: np.random.Generator, topology: Topology, stages: int, granularity: int, **options: Any
 ) -> Staging:
-    """Return the stages of a made-up model, sized so that what crosses and is summed matters and fits."""
+    """Return the stages of a made-up model, its weights no more than fit."""
     buckets = random_buckets(rng, granularity)
     limit = topology.memory_limit * stages / 10
     weights = buckets.parameters_K * min(1.0, limit / buckets.parameters_K.sum())
     drawn = Buckets(buckets.name, buckets.seconds_K, buckets.activation_K, weights)
-    return Staging(drawn, 1 / 3, topology, stages, arrays=True, **options)
+    return Staging(layers_from(drawn), topology, stages, arrays=True, **options)
 
 
 def drawn_problem(
@@ -285,19 +309,30 @@ def drawer(
     return partial(drawn_problem, topology=topology, stages=stages, granularity=granularity, options=options)
 
 
+HEAD_IN_LAYERS = 2.4  # masked-language head over 30,522 words at width 1024, by operations: ours, the profile has none
+
+
+def with_head(layers: Layers) -> Layers:
+    """Return a row of transformer layers with a masked-language head behind it, as long as 2.4 of the last layer."""
+    rows = {
+        name: np.append(getattr(layers, name), HEAD_IN_LAYERS * getattr(layers, name)[-1])
+        for name in ("forward_K", "backward_K")
+    }
+    rows["parameters_K"] = np.append(layers.parameters_K, 4.0 * (1024 * 1024 + 30_522))
+    for name in ("activation_K", "saved_K"):
+        rows[name] = np.append(getattr(layers, name), getattr(layers, name)[-1])
+    return Layers(layers.name, names_K=(*layers.names_K, "head"), **rows)
+
+
 def profile_staging(topology: Topology, stages: int, batch: int, granularity: int | None, **options: Any) -> Staging:
     """Return BERT-48 from DAPPLE's V100 profile: by layers, or in buckets of about equal time."""
-    buckets, share = dapple_bert_48(batch)
-    published = {2: (23,), 3: (17, 32), 4: (14, 27, 40)}.get(stages, ())
+    layers = with_head(load_profile("bert48_v100", batch))
     if granularity is None:
-        return Staging(buckets, share, topology, stages, published=published, **options)
-    fine = divided(buckets, 4)
-    from datamodules.planning.pipeline_env import bucketed
-
-    return Staging(bucketed(fine, granularity), share, topology, stages, **options)
+        published = {2: (23,), 3: (17, 32), 4: (14, 27, 40)}.get(stages, ())
+        return Staging(layers, topology, stages, published=published, **options)
+    return Staging(rebucketed(divided(layers, 4), granularity), topology, stages, **options)
 
 
-def graph_staging(graph: Graph, topology: Topology, stages: int, granularity: int | None, **options: Any) -> Staging:
+def graph_staging(graph: Graph, topology: Topology, stages: int, granularity: int, **options: Any) -> Staging:
     """Return the stages of a traced model, priced by the roofline."""
-    buckets, share = graph_buckets(graph, topology, granularity)
-    return Staging(buckets, share, topology, stages, **options)
+    return Staging(layers_of(graph, topology, granularity), topology, stages, **options)

@@ -1,9 +1,10 @@
 """The choice of a placement for every tensor of a stage as an integer programme over the same tables as the price.
 
-Variables, all between 0 and 1: z[t, a], tensor t lies as a; y[o, r], operation o runs by rule r; e[o, i, a, b], operand i of o is
-brought from a to b. One placement a tensor, one rule an operation, and the moves between them as a flow; only z must be whole,
-since with z whole the rest is a shortest choice for each operation alone. Gradients that run beside the backward pass add a
-chain of free variables. Differs from Alpa's, which has a variable for each pair of strategies of neighbours.
+Variables, all between 0 and 1: z[t, a], tensor t lies as a; y[o, r], operation o runs by rule r; e[o, i, a, b], operand i
+of o is brought from a to b. One placement a tensor, one rule an operation, and the moves between them as a flow; only z
+must be whole, since with z whole the rest is a shortest choice for each operation alone. Gradients that run beside the
+backward pass add a chain of free variables. Differs from Alpa's, which has a variable for each pair of strategies of
+neighbours.
 
 Source: Alpa (OSDI 2022) section 4 for the idea; the flow form as in autoparallel.
 """
@@ -67,6 +68,7 @@ class Sharding:
     tables: Tables
     program: Program
     place: dict[int, dict[int, int]]  # tensor -> placement -> variable
+    limits: int = 0  # constraints on memory
 
     def chosen(self, solution: np.ndarray) -> np.ndarray:
         """Placement (T,) by the largest z of each tensor; replicated where nothing touches it."""
@@ -83,6 +85,7 @@ class Sharding:
     def limit_memory(self, position: int, held_bytes: float, limit: float) -> None:
         """Forbid that what is alive at one operation, with all that stays, exceeds the limit."""
         k, size = self.tables.devices, self.tables.size_T
+        self.limits += 1
         weight: dict[int, float] = {int(t): 4 * size[t] for t in self.tables.variable_V}
         for tensor in alive(self.tables, position):
             weight[tensor] = weight.get(tensor, 0.0) + size[tensor]

@@ -1,6 +1,6 @@
 """Searchers of plans behind one interface: budgets in steps, evaluations and seconds, the best plan at any time.
 
-A step is one decision taken (as the agent's environment counts them), an evaluation one finished plan priced. Legend: K actions.
+A step is one decision taken (as the agent's environment counts them), an evaluation one finished plan priced.
 """
 
 from __future__ import annotations

@@ -113,13 +113,13 @@ def build(
     chosen = [graph.parameters[v] for v in variables]
     tensor_V = np.array([p.tensor for p in chosen], dtype=np.int64)
     return Tables(
-        graph,
-        topology,
-        tuple(ops),
-        k,
-        inner,
-        outer,
-        *_rules(graph, ops, k, inner, topology, rows_of),
+        graph=graph,
+        topology=topology,
+        ops=tuple(ops),
+        devices=k,
+        inner=inner,
+        outer=outer,
+        **_rules(graph, ops, k, inner, topology, rows_of),
         operand_ptr=ptr,
         operands=operands,
         inputs_N=inputs_N,
@@ -150,8 +150,8 @@ def _operands(graph: Graph, ops: Sequence[int]) -> tuple[np.ndarray, np.ndarray,
 
 def _rules(
     graph: Graph, ops: Sequence[int], k: int, groups: Sequence[Group], topology: Topology, rows_of: RowsOf
-) -> tuple:
-    """(rules, table_of_N, row_ptr, row_seconds, code_ptr, codes), equal operations sharing one table."""
+) -> dict[str, Any]:
+    """Rules and their seconds, equal operations sharing one table; the fields of Tables of these names."""
     rules: list[tuple[Placed, ...]] = []
     number: dict[tuple, int] = {}
     times: list[float] = []
@@ -173,8 +173,14 @@ def _rules(
             row_ptr.append(len(times))
             code_ptr.append(len(codes))
         table_of[position] = number[key]
-    pointers = np.array(row_ptr, dtype=np.int64), np.array(code_ptr, dtype=np.int64)
-    return tuple(rules), table_of, pointers[0], np.array(times), pointers[1], np.array(codes, dtype=np.int8)
+    return {
+        "rules": tuple(rules),
+        "table_of_N": table_of,
+        "row_ptr": np.array(row_ptr, dtype=np.int64),
+        "row_seconds": np.array(times),
+        "code_ptr": np.array(code_ptr, dtype=np.int64),
+        "codes": np.array(codes, dtype=np.int8),
+    }
 
 
 def hidden(placed: Placed, op: Op, graph: Graph, groups: Sequence[Group], topology: Topology) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -86,13 +87,13 @@ def distance(one: Taken, other: Taken) -> float:
     """
     if one.gradients.keys() != other.gradients.keys() or one.weights.keys() != other.weights.keys():
         return float("inf")
-    worst = max(abs(a - b) / max(abs(a), 1e-300) for a, b in zip(one.losses, other.losses, strict=True))
+    apart = [abs(a - b) / max(abs(a), 1e-300) for a, b in zip(one.losses, other.losses, strict=True)]
     for mine, theirs in ((one.gradients, other.gradients), (one.weights, other.weights)):
         largest = max(float(t.abs().max()) for t in mine.values())
         for name, a in mine.items():
             scale = max(float(a.abs().max()), 1e-3 * largest)
-            worst = max(worst, float((a - theirs[name]).abs().max()) / scale)
-    return worst if worst == worst else float("inf")
+            apart.append(float((a - theirs[name]).abs().max()) / scale)
+    return max(apart) if all(map(math.isfinite, apart)) else float("inf")  # max alone would pass over a NaN
 
 
 def largest_error(cases: Sequence[Case], dtype: torch.dtype = torch.float64) -> float:

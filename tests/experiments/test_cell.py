@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from experiments import sources_digest
@@ -31,6 +32,13 @@ def _data_of(paper: str, ablation: str) -> list[str]:
         return ["python_stdlib"]
     if paper == "face_deblur":
         return ["faces", "procedural_faces"]
+    if paper == "auto_map":  # a family knows the data that its task is about
+        budgets = yaml.safe_load((CONF / "profile/auto_map/small.yaml").read_text())["budgets"]
+        parent = yaml.safe_load((CONF / f"ablation/auto_map/{ablation}.yaml").read_text())
+        while "family" not in parent:
+            above = next(d for d in parent["defaults"] if isinstance(d, str) and d.startswith("/ablation"))
+            parent = yaml.safe_load((CONF / f"{above[1:]}.yaml").read_text())
+        return list(budgets[parent["family"]])
     first = "waves_2d" if paper == "min_max_plus" and ablation.startswith(("fit", "sine", "cone", "wave8")) else "mnist"
     config = resolve(CellKey(paper, ablation, first, 0, "small")).config
     return list(config["profile"]["budgets"][config["family"]])
@@ -81,6 +89,7 @@ def test_paper_1_trains_as_much_on_every_corpus_that_a_profile_knows(profile: st
         ({"channels": 3, "image_size": 64}, (3, 64, 64)),
         ({"dims": 3}, (3,)),
         ({"context": 128, "vocab": 256}, (128,)),
+        ({"observation": 40}, (40,)),
     ],
 )
 def test_data_are_images_or_a_function_or_text(given: dict, shape: tuple) -> None:

@@ -22,7 +22,7 @@ import yaml
 from browser_fixtures import browser, keep, new_page
 
 from experiments import showcase, tracking, tracking_views
-from experiments.claims import Column, Figure
+from experiments.claims import Figure
 from experiments.records import CellKey, Record
 from experiments.verdict import estimates, judge
 
@@ -130,7 +130,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield Served(address.group(1), said.read_text(), *looked_at)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
+        process.wait(timeout=240)
 
 
 def _open(browser: Any, address: str) -> tuple[Any, list[str]]:
@@ -187,7 +187,8 @@ def test_a_chart_compares_ablations(browser: Any, served: Served) -> None:
 
 
 def test_a_picture_previews(browser: Any, served: Served) -> None:
-    where = f"{served.address}/#/experiments/{served.experiment}/runs/{served.run}/artifacts/{showcase.PICTURES}/{served.picture}"
+    artifact = f"artifacts/{showcase.PICTURES}/{served.picture}?workflowType=machine_learning"
+    where = f"{served.address}/#/experiments/{served.experiment}/runs/{served.run}/{artifact}"
     page, _ = _open(browser, where)
     picture = page.locator("img[src^='blob:'], img[src*='get-artifact'], img[src^='data:image/svg']").first
     picture.wait_for()

@@ -212,7 +212,7 @@ class _Pool:
 
 @pytest.fixture
 def _no_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datamodules.catalogue.card_of", lambda name: None)
+    monkeypatch.setattr("experiments.data_sets.card_of", lambda name: None)
     monkeypatch.setattr(module, "LocalPool", _Pool)
 
 

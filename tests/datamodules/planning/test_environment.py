@@ -17,10 +17,10 @@ from datamodules.planning.partition_env import (
     PartitionProblem,
     Pruning,
     SlotTable,
-    largest_first,
 )
-from datamodules.planning.pipeline_env import Buckets, PipelineProblem, Window, bucketed, random_buckets
+from datamodules.planning.pipeline_env import Buckets, PipelineProblem, Window, random_buckets
 from datamodules.planning.problem import take
+from datamodules.planning.slot_table import largest_first
 from datamodules.planning.toys import EvenStages, blocks_table, chained_table, coupled_pricer, exclusive_table
 
 SWITCHES = [Pruning(*on) for on in itertools.product((False, True), repeat=4)]
@@ -52,7 +52,9 @@ def _walk(environment: PlanEnvironment, rng: np.random.Generator) -> tuple[list[
     return rewards, len(rewards)
 
 
-@pytest.mark.parametrize("make", [lambda: PartitionProblem("b", blocks_table(2)), _pipeline], ids=["partition", "pipeline"])
+@pytest.mark.parametrize(
+    "make", [lambda: PartitionProblem("b", blocks_table(2)), _pipeline], ids=["partition", "pipeline"]
+)
 def test_it_is_a_gymnasium_environment(make) -> None:
     check_env(PlanEnvironment(make(), "inverse_sqrt"), skip_render_check=True)
 
@@ -228,7 +230,9 @@ def test_pipelines_give_every_stage_devices_and_buckets(window: Window, arrays: 
         assert problem.cost() == problem.model.length(cuts, devices)
         assert problem.bound() <= problem.cost() + 1e-12
         if window.device_radius is not None:
-            assert all(abs(cut - centre) <= window.device_radius for cut, centre in zip(devices, problem._centres, strict=True))
+            assert all(
+                abs(cut - centre) <= window.device_radius for cut, centre in zip(devices, problem._centres, strict=True)
+            )
 
 
 def test_bars_are_the_stages_shares_of_the_time() -> None:
@@ -237,7 +241,9 @@ def test_bars_are_the_stages_shares_of_the_time() -> None:
         problem.step(int(np.flatnonzero(problem.allowed())[0]))
     bars = problem.features()[:3]
     edges = (0, *problem.cuts, len(problem.buckets))
-    shares = [problem.buckets.seconds_K[a:b].sum() / problem.buckets.seconds_K.sum() for a, b in itertools.pairwise(edges)]
+    shares = [
+        problem.buckets.seconds_K[a:b].sum() / problem.buckets.seconds_K.sum() for a, b in itertools.pairwise(edges)
+    ]
     assert bars == pytest.approx(shares, rel=1e-5)
 
 
@@ -249,20 +255,6 @@ def test_stages_that_do_not_fit_are_not_offered() -> None:
     assert tight.allowed().sum() < roomy.allowed().sum()
     offered = [tight._place_of(int(a)) for a in np.flatnonzero(tight.allowed())]
     assert all(tight.model.fits(0, 0, place, 4) for place in offered)
-
-
-def test_buckets_keep_sums_and_cut_where_the_model_is_cut() -> None:
-    rng = np.random.default_rng(1)
-    whole = Buckets("w", rng.uniform(0, 1, 300), rng.uniform(0, 9, 300), rng.uniform(0, 5, 300), rng.uniform(0, 2, 300))
-    small = bucketed(whole, 16)
-    assert len(small) == 16
-    for name in ("seconds_K", "parameters_K", "kept_K"):
-        assert getattr(small, name).sum() == pytest.approx(getattr(whole, name).sum())
-    assert set(small.activation_K) <= set(whole.activation_K)
-    assert small.seconds_K.max() < 2.5 * small.seconds_K.mean()
-    assert len(bucketed(Buckets("s", np.ones(3), np.ones(3), np.ones(3)), 128)) == 3
-    with pytest.raises(ValueError, match="granularity"):
-        bucketed(whole, 1)
 
 
 @pytest.mark.parametrize(

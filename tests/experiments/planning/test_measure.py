@@ -28,7 +28,7 @@ def test_plans_are_listed_by_prediction_and_compared_with_data_parallelism() -> 
     console.print(plans_table(report))
     console.print(fits_table(report.machine))
     text = console.export_text()
-    assert text.index(" tp ") < text.index(" dp ")
+    assert text.index("│ tp ") < text.index("│ dp ")
     assert "2.00 x" in text
     assert "20.0 GFLOP/s" in text
 

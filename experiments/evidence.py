@@ -191,10 +191,9 @@ def _comparison(claim: Claim, runs: Runs) -> Evidence:
     a, b = claim.operands
     estimate, p = _paired(claim, runs, a, b, claim.design.alpha)
     unit = _unit(claim, runs, a)
-    name = runs.chosen(a) if a.best_of else a.ablation
-    finding = f"{name} against {runs.chosen(b)}: {_interval(estimate, unit)}"
+    finding = f"{_against_each_other(runs, a, b)}: {_interval(estimate, unit)}"
     if a.best_of:
-        finding = f"the best on validation is {name}; {finding}"
+        finding = f"the best on validation is {runs.chosen(a)}; {finding}"
     return Evidence(estimate, p, _against(estimate, claim.margin), True, finding)
 
 
@@ -258,7 +257,16 @@ def _tally(claim: Claim, results: Sequence[tuple[Any, Estimate, float]]) -> str:
 
 
 def _name(pair: tuple[Operand, Operand], runs: Runs) -> str:
-    return f"{runs.chosen(pair[0])} against {runs.chosen(pair[1])} on {pair[0].data}"
+    return f"{_against_each_other(runs, *pair)} on {pair[0].data}"
+
+
+def _against_each_other(runs: Runs, a: Operand, b: Operand) -> str:
+    """Two ablations by name; of one ablation, which of its metrics are compared."""
+    one, other = runs.chosen(a), runs.chosen(b)
+    if one != other or a.metric == b.metric:
+        return f"{one} against {other}"
+    labels = [runs.spec.metric(operand.metric).label for operand in (a, b)]
+    return f"{one}: {labels[0]} against {labels[1]}"
 
 
 def _mixed(claim: Claim, runs: Runs) -> Evidence:

@@ -37,6 +37,7 @@ PRELOAD = [
     "mlflow.system_metrics.system_metrics_monitor",
     "experiments.warm",
 ]
+PRELOAD_OF = {"auto_map": ["experiments.warm_plans"]}  # beside those, where the first cell is of this paper
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ class LocalPool:
 
     def submit(self, job: Job) -> str:
         self._queue.append(job)
+        paper = job.cell.key.paper
+        self._context.set_forkserver_preload([*PRELOAD, *PRELOAD_OF.get(paper, [])])  # of no effect once it runs
         self._fill()
         return job.cell.signature
 

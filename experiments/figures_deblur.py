@@ -68,6 +68,8 @@ def strength(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> C
         plt.close(canvas)
         return None
     axes.set_xlabel("blur from (face widths)")
+    axes.set_xticks(edges)
+    axes.set_ylim(-4, 104)  # shares: an interval that leaves the scale is cut off
     axes.set_ylabel(spec.metric(f"strength/{edges[0]:g}/{measure}/restored").label.split(",")[0] + " (%)")
     axes.set_title(figure.title)
     canvas.legend(loc="outside lower center", ncols=3, frameon=False)

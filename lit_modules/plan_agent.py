@@ -74,6 +74,16 @@ def interpreted() -> Iterator[None]:
         config.DISABLE_JIT = kept
 
 
+def preload() -> None:
+    """Import what an agent needs, so that processes forked later have it."""
+    with interpreted():
+        import tianshou.algorithm.modelfree.c51
+        import tianshou.algorithm.modelfree.dqn
+        import tianshou.algorithm.optim
+        import tianshou.data
+        import tianshou.env  # noqa: F401
+
+
 class HandOver:
     """Stands where tianshou has its optimiser: keeps the loss, so that Lightning can take the step."""
 

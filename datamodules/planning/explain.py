@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -124,10 +124,10 @@ def _fold(group: Sequence[Block]) -> Block:
 
 def _times(
     graph: Graph, plan: Plan, stage_at: Sequence[int], evaluator: Evaluator
-) -> tuple[Counter[Key], Counter[Key], dict[Key, Counter[str]]]:
+) -> tuple[dict[Key, float], dict[Key, float], dict[Key, Counter[str]]]:
     """Per block: seconds of a step, seconds of its moves, bytes of its results by how they lie."""
-    seconds: Counter[Key] = Counter()
-    moved: Counter[Key] = Counter()
+    seconds: dict[Key, float] = defaultdict(float)
+    moved: dict[Key, float] = defaultdict(float)
     lying: dict[Key, Counter[str]] = {}
     cost = evaluator.price(plan)
     for s, stage in enumerate(plan.stages):

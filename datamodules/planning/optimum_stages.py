@@ -169,7 +169,8 @@ def _programme(pipeline: Pipeline, stages: int, arrays: _Arrays) -> tuple[float,
     width = arrays.count.shape[1]
     values = np.full((stages, k + 1, width, width), np.inf)
     came = np.zeros((stages, k + 1, width, width, 2), dtype=np.int64)
-    ceiling, best = np.inf, (np.inf, (), ())
+    ceiling = np.inf
+    best: tuple[float, tuple[int, ...], tuple[int, ...]] = (np.inf, (), ())
     while True:
         total, a, b = kernels.cheapest_under(ceiling, both, cross, arrays.count, arrays.hop, arrays.fits, values, came)
         if total == np.inf:
@@ -186,7 +187,7 @@ def _programme(pipeline: Pipeline, stages: int, arrays: _Arrays) -> tuple[float,
             break
     if best[0] == np.inf:
         raise NoPlan(_why(pipeline, stages))
-    return best  # type: ignore[return-value]
+    return best
 
 
 def _back(

@@ -230,7 +230,8 @@ class _Best:
     """The best plan that environments came to."""
 
     def __init__(self) -> None:
-        self.steps, self.cost, self.decisions = 0, float("inf"), ()  # type: ignore[var-annotated]
+        self.steps, self.cost = 0, float("inf")
+        self.decisions: tuple[int, ...] = ()
 
     def on_step(self) -> None:
         self.steps += 1

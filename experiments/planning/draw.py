@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
@@ -43,12 +44,13 @@ def draw(graph: Graph, topology: Topology, plan: Plan, target: Path, overlap: bo
     height = max(5.4, 1.3 + 0.25 * min(len(found), MOST_BLOCKS))
     with plt.rc_context({**STYLE, "axes.grid": False}):
         canvas = plt.figure(figsize=(10.5, height))
-        left, right = canvas.subfigures(1, 2, width_ratios=[1.15, 1])
+        halves: Any = canvas.subfigures(1, 2, width_ratios=[1.15, 1])
+        left, right = halves
         draw_blocks(left.subplots(), found, plan)
-        axes = right.subplots(3, 1, gridspec_kw={"height_ratios": [max(1.2, 0.5 * len(plan.stages) + 0.7), 1.0, 0.8]})
-        draw_timeline(axes[0], plan, cost)
-        draw_cost(axes[1], cost)
-        draw_memory(axes[2], cost, topology)
+        rows: Any = right.subfigures(3, 1, height_ratios=[max(1.5, 0.5 * len(plan.stages) + 0.9), 1.3, 1.0])
+        draw_timeline(rows[0].subplots(), plan, cost)
+        draw_cost(rows[1].subplots(), cost)
+        draw_memory(rows[2].subplots(), cost, topology)
         fits = "" if cost.feasible else ", DOES NOT FIT INTO MEMORY"
         canvas.suptitle(
             f"{graph.name} on {topology.name}: {cost.step_s * 1e3:,.2f} ms a step, {cost.throughput:,.0f} examples/s{fits}",
@@ -95,7 +97,7 @@ def draw_blocks(axes: Axes, found: Sequence[Block], plan: Plan) -> None:
     keys += [Patch(color="#0072B2", label="computing"), Patch(color="#E69F00", label="communicating")]
     if len(plan.stages) > 1:
         keys += [Patch(color=_stage_colour(s), label=f"stage {s}") for s in range(min(len(plan.stages), len(STAGES)))]
-    axes.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4, frameon=False)
+    _legend(axes, keys, 4)
 
 
 def draw_timeline(axes: Axes, plan: Plan, cost: Breakdown) -> None:
@@ -128,13 +130,7 @@ def draw_timeline(axes: Axes, plan: Plan, cost: Breakdown) -> None:
     axes.set_xlabel("ms")
     axes.set_title("Timeline" + (f": {plan.micro_batches} micro-batches, {plan.schedule}" if count > 1 else ""))
     names = {"forward": FORWARD, "backward": BACKWARD, "sums and update": TAIL} | ({"hop": HOP} if count > 1 else {})
-    axes.legend(
-        handles=[Patch(color=c, label=n) for n, c in names.items()],
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.32),
-        ncols=len(names),
-        frameon=False,
-    )
+    _legend(axes, [Patch(color=c, label=n) for n, c in names.items()], len(names))
 
 
 def _draw_hops(axes: Axes, cost: Breakdown) -> None:
@@ -167,7 +163,6 @@ def draw_cost(axes: Axes, cost: Breakdown) -> None:
             hatch="////",
             alpha=0.6,
         )
-        axes.text(left * 1e3, 0.62, "gradient sums behind the backward pass ", va="center", ha="right", fontsize=6.5)
     axes.set_ylim(1.0, -0.45)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
@@ -176,7 +171,10 @@ def draw_cost(axes: Axes, cost: Breakdown) -> None:
     whose = "" if len(cost.stages) == 1 else " (the stage that ends last)"
     axes.set_title(f"Where a step goes{whose}")
     keys = [Patch(color=PART_COLOURS[n], label=f"{n.replace('_', ' ')} {s / cost.step_s:.0%}") for n, s in parts]
-    axes.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.45, -0.5), ncols=3, frameon=False)
+    if cost.overlap_s:
+        hatched: dict[str, Any] = {"facecolor": PART_COLOURS["gradient_sum"], "hatch": "////", "alpha": 0.6}
+        keys.append(Patch(label=f"of it hidden {cost.overlap_s / cost.step_s:.0%}", **hatched))
+    _legend(axes, keys, 4)
 
 
 def draw_memory(axes: Axes, cost: Breakdown, topology: Topology) -> None:
@@ -200,14 +198,14 @@ def draw_memory(axes: Axes, cost: Breakdown, topology: Topology) -> None:
     axes.spines["left"].set_visible(False)
     axes.set_xlabel(name)
     axes.set_title(f"Memory of the fullest device: {share:.1%} of the limit")
-    axes.legend(
-        handles=keys,
-        loc="upper center",
-        bbox_to_anchor=(0.45, -0.7),
-        ncols=5,
-        columnspacing=1.0,
-        handlelength=1.2,
-        frameon=False,
+    _legend(axes, keys, 5)
+
+
+def _legend(axes: Axes, keys: Sequence[Patch], columns: int) -> None:
+    """Keys below a panel, which makes room for them."""
+    panel: Any = axes.figure
+    panel.legend(
+        handles=keys, loc="outside lower center", ncols=columns, frameon=False, columnspacing=1.0, handlelength=1.2
     )
 
 

@@ -212,7 +212,8 @@ def _rows(part: nn.Module, mesh: DeviceMesh, stages: int, stage: StagePlan, layo
     over = mesh["row"] if rows == "fsdp" else mesh["row", "one"]
     for child in part.children():
         fully_shard(child, mesh=over)
-    return fully_shard(part, mesh=over)
+    fully_shard(part, mesh=over)
+    return part
 
 
 def _summed(part: nn.Module, mesh: DeviceMesh, layout: Layout) -> nn.Module:
@@ -225,7 +226,7 @@ def _summed(part: nn.Module, mesh: DeviceMesh, layout: Layout) -> nn.Module:
     return wrapped
 
 
-def _add(group, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are text, as all in this file are
+def _add(group, bucket):  # DDP refuses annotations that are text, as all in this file are
     """Sum a bucket of gradients over a group; DDP itself would take the mean."""
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     return work.get_future().then(lambda done: done.value()[0])

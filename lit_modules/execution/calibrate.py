@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -132,9 +133,9 @@ def _messages(repeats: int) -> list[Point]:
     found = []
     for size in MESSAGES:
         data = torch.ones(size // 4, device=device())
-        found.append(Point("all_reduce", size, timed(lambda data=data: dist.all_reduce(data), repeats)))
+        found.append(Point("all_reduce", size, timed(partial(dist.all_reduce, data), repeats)))
         data.fill_(1.0)
-        found.append(Point("send", size, timed(lambda data=data: _there(data), repeats)))
+        found.append(Point("send", size, timed(partial(_there, data), repeats)))
     return found
 
 
@@ -150,7 +151,7 @@ def _products(repeats: int) -> list[Point]:
     found = []
     for m, k, n in PRODUCTS:
         a, b = torch.ones(m, k, device=device()), torch.ones(n, k, device=device())
-        found.append(Point("compute", 2.0 * m * k * n, timed(lambda a=a, b=b: a @ b.T, repeats)))
+        found.append(Point("compute", 2.0 * m * k * n, timed(partial(torch.matmul, a, b.T), repeats)))
     return found
 
 
@@ -158,7 +159,7 @@ def _sums(repeats: int) -> list[Point]:
     found = []
     for size in SUMS:
         a, b = torch.ones(size, device=device()), torch.ones(size, device=device())
-        found.append(Point("memory", 12.0 * size, timed(lambda a=a, b=b: a + b, repeats)))
+        found.append(Point("memory", 12.0 * size, timed(partial(torch.add, a, b), repeats)))
     return found
 
 

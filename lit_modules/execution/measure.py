@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -92,7 +92,7 @@ class Report:
         predicted_P = np.array([plan.predicted_s for plan in self.plans])
         measured_P = np.array([plan.median_s for plan in self.plans])
         found: dict[str, float] = {}
-        statistics = {"tau": kendall, "spearman": spearman}
+        statistics: dict[str, Callable[..., float]] = {"tau": kendall, "spearman": spearman}
         statistics |= {"tau_within": partial(within, names), "pairs_right": partial(right_pairs, names, RATIO)}
         for name, statistic in statistics.items():
             by_index = name in ("tau_within", "pairs_right")

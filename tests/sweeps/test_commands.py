@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -156,15 +157,20 @@ def test_the_dashboard_is_served_on_this_machine_only(home: Path) -> None:
         assert process.stdout is not None
         address = re.search(r"http://127\.0\.0\.1:\d+/dashboard", process.stdout.readline())
         assert address is not None
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        for _ in range(100):
-            try:
-                page = opener.open(address.group(), timeout=10).read().decode()
-                break
-            except OSError:
-                if process.poll() is not None:
-                    raise
+        page = _opened(address.group(), process)
         assert "Optuna Dashboard" in page
     finally:
         process.terminate()
         process.wait()
+
+
+def _opened(address: str, process: subprocess.Popen[str]) -> str:
+    """The page at an address, as soon as there is one."""
+    opener, deadline = urllib.request.build_opener(urllib.request.ProxyHandler({})), time.monotonic() + 120
+    while True:
+        try:
+            return opener.open(address, timeout=10).read().decode()
+        except OSError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise
+            time.sleep(0.3)

@@ -53,7 +53,7 @@ class PlanData(LightningDataModule):
         data: rows of the mesh over which the batch is split before variables are, of "partition".
         stages, micro_batches, granularity: of pipelines; granularity None is one bucket for each operation or layer.
         observation, actions: room for observations and actions, the same for every ablation of a net.
-        train_steps, collect: decisions in an epoch, and before each gradient step.
+        train_steps, collect, updates: decisions in an epoch, how many are taken at once, and gradient steps after those.
         val_models, test_models: held-out made-up models of "general".
         tests: workloads that the general agent is tested on.
     Raises:
@@ -80,6 +80,7 @@ class PlanData(LightningDataModule):
         actions: int | None = None,
         train_steps: int = 1024,
         collect: int = 8,
+        updates: int = 1,
         val_models: int = 1,
         test_models: int | None = None,
         tests: tuple[str, ...] | list[str] = (),
@@ -89,15 +90,17 @@ class PlanData(LightningDataModule):
             raise ValueError(f"task must be one of {', '.join(get_args(Task))}, got {task!r}")
         if not is_workload(name):
             raise ValueError(f"{name!r} names no workload")
-        if collect < 1 or train_steps < collect:
-            raise ValueError(f"train_steps ({train_steps}) must hold at least one collection of {collect}")
+        if min(collect, updates) < 1 or train_steps < collect:
+            raise ValueError(
+                f"{train_steps} decisions must hold one collection of {collect}, with {updates} or more updates"
+            )
         self.name, self.task, self.seed, self.reward = name, task, seed, reward
         self.topology = sized(load_topology(topology), devices)
         self.arguments, self.objective = dict(arguments or {}), objective
         self.pruning, self.window = pruning or Pruning(), window or Window()
         self.data, self.stages, self.micro_batches, self.granularity = data, stages, micro_batches, granularity
         self.observation, self.actions = observation, actions
-        self.train_steps, self.collect = train_steps, collect
+        self.train_steps, self.collect, self.updates = train_steps, collect, updates
         self.val_models, self.test_models, self.tests = val_models, test_models or val_models, tuple(tests)
         self.input_shape = (observation or 1,)
 
@@ -212,8 +215,9 @@ class PlanData(LightningDataModule):
         return {"optimum/proven": 100.0 * best.proven, "optimum/seconds": best.seconds, "optimum/cost": best.cost}
 
     def train_dataloader(self) -> DataLoader[int]:
-        """How many decisions to take before each gradient step."""
-        return DataLoader([self.collect] * (self.train_steps // self.collect), batch_size=None)
+        """How many decisions to take before each gradient step, 0 for none."""
+        once = [self.collect] + [0] * (self.updates - 1)
+        return DataLoader(once * (self.train_steps // self.collect), batch_size=None)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[int]:
         """Numbers of held-out problems."""

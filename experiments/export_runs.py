@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,9 @@ def export(records: Sequence[Record], target: Path) -> tuple[int, int]:
         raise UserError("there are no runs to write; `make reproduce-paper-3` makes some")
     rows = rows_of(records)
     columns = columns_of(rows)
-    write_atomically(target, {"csv": _csv, "parquet": _parquet, "json": _json}[kind](rows, columns))
+    writers: dict[str, Callable[[Sequence[Row], Sequence[str]], str | bytes]]
+    writers = {"csv": _csv, "parquet": _parquet, "json": _json}
+    write_atomically(target, writers[kind](rows, columns))
     return len(rows), len(columns)
 
 

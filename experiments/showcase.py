@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,8 @@ def describe(spec: PaperSpec) -> str:
         "the ends of the interval as metrics `.ci_low` and `.ci_high`. The chart symbol above the table draws them.\n"
         "- **Seeds, grouped by ablation**: the seeds themselves; unfold a group to see each, the chart symbol draws their "
         "training.\n"
-        "- **Every seed, a row each**: tick some and press *Compare* for all that differs between them.\n"
+        "- **Every seed, a row each**, with those that were made again since: tick some and press *Compare* for all that "
+        "differs between them.\n"
         "- **Report and pictures**: the verdicts on the paper's claims and all figures, under *Artifacts* of that run.\n\n"
         f"{shown} Pictures of a single ablation are in its run under *Artifacts*, `{PICTURES}/`. "
         "`fivefold compare A B` shows the same differences in a terminal; `fivefold explain CLAIM` says how a verdict came "
@@ -46,10 +48,12 @@ def describe(spec: PaperSpec) -> str:
 
 
 def headline(spec: PaperSpec) -> list[Metric]:
-    """Return the metrics that matter most: those of the paper's tables in their order, measured ones before costs."""
-    names = dict.fromkeys(column.metric for table in spec.tables for column in table.columns)
-    measured = [name for name in names if not name.startswith("cost/")]
-    return [spec.metric(name) for name in measured[:HEADLINES]]
+    """Return the metrics that matter most: those that the most claims weigh, costs left out; equals in the tables' order."""
+    weighed = Counter(name for claim in spec.claims for name in {o.metric for o in claim.operands})
+    shown = dict.fromkeys(column.metric for table in spec.tables for column in table.columns)
+    order = {name: at for at, name in enumerate([*shown, *sorted(weighed)])}
+    measured = [name for name in order if not name.startswith("cost/")]
+    return [spec.metric(name) for name in sorted(measured, key=lambda name: (-weighed[name], order[name]))[:HEADLINES]]
 
 
 def views(spec: PaperSpec) -> list[View]:
@@ -65,6 +69,7 @@ def views(spec: PaperSpec) -> list[View]:
     order = View("", "", order_by=numbers[0], ascending=metrics[0].direction == "lower") if metrics else View("", "")
     parents = f"tags.`{GROUP}` != '' AND tags.`ablation` != ''"
     children = f"tags.`{PARENT}` != '' AND tags.`ablation` != ''"
+    latest = f"tags.`{tracking_views.CURRENT}` = 'yes'"  # not those that were made again since
     seeds = replace(order, search=children, columns=(*axes, "params.`profile`", "params.`seed`", *numbers))
     return [
         replace(
@@ -75,7 +80,7 @@ def views(spec: PaperSpec) -> list[View]:
             columns=(*numbers[:1], *axes, *words),
             bars=names,
         ),
-        replace(seeds, key="seeds", name="Seeds, grouped by ablation", group_by=("ablation", "data")),
+        replace(seeds, key="seeds", name="Seeds, grouped by ablation", search=latest, group_by=("ablation", "data")),
         replace(seeds, key="all", name="Every seed, a row each"),
         View("report", "Report and pictures", f"tags.`{tracking_views.REPORT}` != ''", columns=("tags.`profile`",)),
     ]
@@ -115,6 +120,7 @@ def show(
         said = note(spec, ablation, data, verdicts)
         tracking_views.annotate(store, run, said, in_words(spec, rows, group), shared(mine))
         tracking_views.log_pictures(store, run, pictures(spec, rows, mine, profile))
+        tracking_views.mark_current(store, experiment, run, {record.run_id for record in mine})
         for record in mine:
             _show_seed(store, spec, rows, record, profile)
     name = f"Report and pictures ({records[0].key.scale})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from experiments.tracking import Store
 
 VIEW_TAG = "mlflow.sharedViewState."  # on experiments; the UI's menu "Views" lists them
 REPORT = "fivefold.report"  # on the one run that holds a paper's figures and verdicts: paper/profile
+CURRENT = "current"  # on seeds: yes, or no where a later run of the same cell has taken its place in the report
 NOTE = "mlflow.note.content"
 # The columns that the UI always has, and those of a view, in pixels.
 FIRST_COLUMNS = {"0": 73, "attributes.`Run Name`": 270, "runDateAndNestInfo": 130, "duration": 80}
@@ -125,6 +126,20 @@ def report_run(store: Store, experiment_id: str, paper: str, profile: str, name:
         run_id = str(client.create_run(experiment_id, run_name=name, tags=tags).info.run_id)
     client.set_terminated(run_id, "FINISHED")
     return run_id
+
+
+def mark_current(store: Store, experiment_id: str, parent_run_id: str, run_ids: Set[str]) -> None:
+    """Tell the seeds that a report is made from apart from those that were made again since."""
+    client = tracking._client(store)
+    query = f"tags.`{tracking.PARENT}` = {tracking._quoted(parent_run_id)}"
+    token: str | None = ""
+    while token is not None:
+        page = client.search_runs([experiment_id], query, page_token=token or None)
+        for run in page:
+            word = "yes" if run.info.run_id in run_ids else "no"
+            if run.data.tags.get(CURRENT) != word:
+                client.set_tag(run.info.run_id, CURRENT, word)
+        token = page.token or None
 
 
 def log_pictures(store: Store, run_id: str, pictures: Mapping[str, str], folder: str = "pictures") -> None:

@@ -54,7 +54,7 @@ class AutoMap(LightningModule):
     Args:
         net: values of actions, (B, F) to (B, K); with "c51" (B, K, atoms).
         optimizer: takes parameters, returns the optimiser.
-        steps_per_epoch: collections in an epoch; a gradient step follows each once `warmup` decisions are there.
+        steps_per_epoch: gradient steps in an epoch, each after as many decisions as its batch says, once there are `warmup`.
         schedule: learning-rate factor of the epoch, or None for constant.
         recipe: which DQN.
         exploration: epsilon over the training.
@@ -99,6 +99,10 @@ class AutoMap(LightningModule):
         if not self._agent:
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             environments = data.environments(self.recipe.environments, self.record)
+            if data.collect % self.recipe.environments:
+                raise ValueError(
+                    f"{data.collect} decisions cannot be dealt evenly to {self.recipe.environments} environments"
+                )
             self._agent.append(PlanAgent(self.net, environments, self.recipe, self.hparams["seed"]))
         return self._agent[0]
 
@@ -114,9 +118,10 @@ class AutoMap(LightningModule):
         self.record.start()
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor | None:
-        done = self.record.steps / max(1, self._all_steps(batch))
+        done = self.record.steps / (self.trainer.datamodule.train_size * self.hparams["epochs"])  # type: ignore[attr-defined]
         warm = self.record.steps >= self.hparams["warmup"]
-        self.agent.collect(batch, self.exploration(done) if warm else 1.0)
+        if batch:
+            self.agent.collect(batch, self.exploration(done) if warm else 1.0)
         if self.record.steps < self.hparams["warmup"]:
             return None
         beta = self.recipe.beta + (1.0 - self.recipe.beta) * done
@@ -127,9 +132,6 @@ class AutoMap(LightningModule):
             self.log("train/loss", loss, on_step=True, on_epoch=False)
             self.log("train/epsilon", self.exploration(done), on_step=True, on_epoch=False)
         return loss
-
-    def _all_steps(self, batch: int) -> int:
-        return batch * self.hparams["steps_per_epoch"] * self.hparams["epochs"]
 
     def on_train_epoch_end(self) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -45,7 +45,7 @@ def draw_all(
         "history": ("Scores in the order of the trials", lambda: _history(space, paper, points)),
         "importance": ("How much each parameter matters", lambda: _importance(importance)),
         "slice": ("Scores by parameter", lambda: _slices(space, paper, points)),
-        "parallel": ("Trials across all parameters", lambda: _parallel(space, paper, whole)),
+        "parallel": ("Trials across all parameters", lambda: _parallel(space, whole)),
     }
     if space.several:
         kinds["pareto"] = ("Pareto front", lambda: _pareto(space, paper, whole, marks))
@@ -68,8 +68,10 @@ def _svg(canvas: Any) -> str:
 
 
 def _label(space: Space, paper: PaperSpec, index: int) -> str:
+    """The metric's short name and unit: many small axes have no room for more."""
     metric = paper.metric(space.objectives[index].metric)
-    return f"{metric.label} ({metric.unit})"
+    unit = "%" if metric.unit == "points" else metric.unit
+    return metric.unit if metric.unit.startswith(metric.label) else f"{metric.name} ({unit})"
 
 
 def _better(space: Space, index: int, a: float, b: float) -> bool:
@@ -169,7 +171,7 @@ def _choices(axis: Any, parameter: Parameter) -> None:
     axis.axes.set_xlim(-0.5, len(words) - 0.5)
 
 
-def _parallel(space: Space, paper: PaperSpec, points: Sequence[Point]) -> Any:
+def _parallel(space: Space, points: Sequence[Point]) -> Any:
     """Every trial as a line through its parameters to its score, the better the bluer."""
     free = {n: p for n, p in space.free.items() if any(n in point.params for point in points)}
     if len(free) < 2 or len(points) < 3:
@@ -200,9 +202,7 @@ def _parallel(space: Space, paper: PaperSpec, points: Sequence[Point]) -> Any:
         axes.annotate(
             f"{score:.4g}", (len(free), at), xytext=(3, 0), textcoords="offset points", fontsize=6, va="center"
         )
-    axes.set_xticks(
-        range(len(free) + 1), [*free, paper.metric(space.objectives[0].metric).label], rotation=20, ha="right"
-    )
+    axes.set_xticks(range(len(free) + 1), [*free, space.objectives[0].metric], rotation=20, ha="right")
     axes.set_yticks([])
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)

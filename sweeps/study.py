@@ -17,7 +17,6 @@ from experiments.errors import UserError
 from experiments.records import Record
 from experiments.reproduce import Places
 from experiments.schema import check_targets
-from experiments.summary import duration
 from sweeps import finals
 from sweeps.crew import Crew
 from sweeps.objective import SECONDS, default_costs
@@ -103,7 +102,7 @@ class Sweep:
                 raise UserError(f"{parents[signature].key} failed, from which all trials start: {record.error}")
 
     def _tell(self, record: Record) -> None:
-        seconds = f" in {duration(record.done['seconds'])}" if record.done else f": {record.error}"
+        seconds = f" in {record.done['seconds']:.0f} s" if record.done else f": {record.error}"
         self.console.print(f"  {record.key}: {record.state}{escape(seconds)}", soft_wrap=True, highlight=False)
 
     def _search(self, space: Space, arm: str, address: str, database: BaseStorage) -> optuna.Study:

@@ -13,7 +13,7 @@ from sweeps import figures, finals
 from sweeps.figures import Point
 from sweeps.finals import Final
 from sweeps.objective import CELLS, SCORES
-from sweeps.samplers import REJECTED
+from sweeps.samplers import REJECTED, combinations
 from sweeps.space import Space
 from sweeps.storage import counted
 
@@ -62,17 +62,24 @@ def final_table(space: Space, contenders: Sequence[Final], verdicts: Sequence[Ve
     unit = "%" if metric.unit == "points" else metric.unit
     first = f"{space.objectives[0].metric} in the search"
     header = ("setting", "what it is", first, f"{metric.label} ({unit})", "the winner is better by", "verdict")
-    arms = [name for name, arm in space.arms.items() if arm.tuned]
+    arms = [_tuned(space, name) for name, arm in space.arms.items() if arm.tuned]
     notes = [
         f"Mean ± half the 95% Student interval over seeds {', '.join(map(str, space.report.seeds))}, which no trial used; "
         f"trials used {', '.join(map(str, space.seeds))}.",
         'The verdict is on "the winner is better": paired by seed, Holm over all comparisons here. The score in the search is '
         "the best of many, and so too good on average.",
-        f"Tuned with as many trials as the search: {', '.join(arms)}." if arms else "",
+        *arms,
         f"Profile: {space.profile}. Data: {space.data}.",
     ]
     title = f"{space.title}: the winner on fresh seeds"
     return TableModel("final", title, header, tuple(rows), tuple(n for n in notes if n), (0, 1, 5))
+
+
+def _tuned(space: Space, name: str) -> str:
+    own = space.arm(name)
+    if own.exhaustive and not space.exhaustive:
+        return f"Of {name}, all {combinations(own)} combinations of what it leaves open were tried."
+    return f"Of {name}, what it leaves open was searched with as many trials as the whole space."
 
 
 def _mean(final: Final, metric: str, unit: str) -> str:

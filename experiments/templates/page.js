@@ -8,6 +8,18 @@ const panel = document.getElementById("panel"), body = document.getElementById("
 const make = (tag, text, name) => { const e = document.createElement(tag); if (text !== undefined) e.textContent = text; if (name) e.className = name; return e; };
 const digits = value => value === null || value === undefined ? "missing" : String(+value.toPrecision(6));
 
+// Drawings come packed with the numbers; what the address points at may have moved by their height.
+unpacked.then(papers => {
+  for (const [paper, doors] of Object.entries(papers)) for (const [name, svg] of Object.entries(doors.drawings || {})) {
+    const figure = document.getElementById("figure-" + paper + "-" + name);
+    if (figure) figure.innerHTML = svg;
+  }
+  document.querySelectorAll(".scroll, .drawing.broad").forEach(box => region(box,
+    box.closest("figure")?.querySelector("figcaption")?.textContent || box.querySelector("svg")?.getAttribute("aria-label") || "Table"));
+  document.documentElement.dataset.drawn = "yes";
+  if (location.hash) document.getElementById(decodeURIComponent(location.hash.slice(1)))?.scrollIntoView();
+});
+
 // Where `make ui` serves; another address can be given as report.html?mlflow=http://127.0.0.1:5001
 const asked = new URLSearchParams(location.search).get("mlflow") || "";
 const mlflow = /^https?:\/\//.test(asked) ? asked.replace(/\/+$/, "") : "http://127.0.0.1:5000";
@@ -80,8 +92,5 @@ document.querySelectorAll("figure.table table").forEach(table => [...table.tHead
   const button = make("button", th.textContent, "sort"); button.type = "button"; th.replaceChildren(button);
   button.addEventListener("click", () => sort(table, column, th));
 }));
-document.querySelectorAll(".scroll, .drawing.broad").forEach(box => {
-  const caption = box.closest("figure")?.querySelector("figcaption, svg"); region(box, caption?.getAttribute("aria-label") || caption?.textContent || "Table");
-});
 // On a phone the list of contents would fill the first screen.
 if (matchMedia("(max-width: 40rem)").matches) document.querySelector("nav details").open = false;

@@ -32,13 +32,14 @@ def _data_of(paper: str, ablation: str) -> list[str]:
         return ["python_stdlib"]
     if paper == "face_deblur":
         return ["faces", "procedural_faces"]
-    if paper == "auto_map":  # a family knows the data that its task is about
+    if paper == "auto_map":  # a family's budgets are the same for all its graphs: those that claims and tables need
         budgets = yaml.safe_load((CONF / "profile/auto_map/small.yaml").read_text())["budgets"]
         parent = yaml.safe_load((CONF / f"ablation/auto_map/{ablation}.yaml").read_text())
         while "family" not in parent:
             above = next(d for d in parent["defaults"] if isinstance(d, str) and d.startswith("/ablation"))
             parent = yaml.safe_load((CONF / f"{above[1:]}.yaml").read_text())
-        return list(budgets[parent["family"]])
+        known, needed = list(budgets[parent["family"]]), load_paper(paper).required("small")
+        return [data for name, data in needed if name == ablation] or known[:1]
     first = "waves_2d" if paper == "min_max_plus" and ablation.startswith(("fit", "sine", "cone", "wave8")) else "mnist"
     config = resolve(CellKey(paper, ablation, first, 0, "small")).config
     return list(config["profile"]["budgets"][config["family"]])

@@ -50,9 +50,21 @@ def test_sections_whose_runs_are_not_at_hand_stay_with_their_styles_and_doors(tm
     assert set(kept) == {(1, "other"), (3, "toy")}
     assert kept[1, "other"] in before
     assert doors["other"] == page.doors_of(before)["other"]
-    assert set(re.findall(r'class="(s[0-9a-f]{6})"', after)) == set(styles)
+    drawings = "".join(svg for paper in doors.values() for svg in paper["drawings"].values())
+    assert set(re.findall(r'class="(s[0-9a-f]{6})"', drawings)) == set(styles)
+    assert all(name in doors["toy"]["drawings"] for name in ("f", "v"))
+    assert "<svg" not in after
     assert _write(file) == after
     assert _write(file, _paper(), _paper(key="other", number=1)) == after
+
+
+def test_drawings_of_an_earlier_page_are_packed_too() -> None:
+    svg = '<svg role="img"><path d="M0 0"/></svg>'
+    figure = '<figure class="drawing broad" id="figure-toy-f-1">{}</figure><figure class="table" id="t">x</figure>'
+    text, drawings = page.without_drawings("toy", figure.format(svg))
+    assert text == figure.format("")
+    assert drawings == {"f-1": svg}
+    assert page.without_drawings("toy", text) == (text, {})
 
 
 def test_a_claim_opens_its_runs_and_the_numbers_it_weighs(tmp_path: Path) -> None:

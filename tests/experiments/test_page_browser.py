@@ -47,17 +47,23 @@ ROWS = """rows => document.querySelector("figure.table table").tBodies[0].replac
 }))"""
 
 
+def _open(page: Any) -> None:
+    page.goto(PAGE.as_uri())
+    page.wait_for_selector("html[data-drawn]")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", ["desktop", "phone"])
 def test_the_page_is_readable_in_every_size_and_scheme(browser: Any, size: str, scheme: str) -> None:
     page, errors = new_page(browser, size, scheme)
-    page.goto(PAGE.as_uri())
+    _open(page)
     keep(page, f"report_{size}_{scheme}")
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
     assert page.evaluate(CONTRAST) == []
     assert page.evaluate(BLACK_IN_THE_DARK) == 0, "black lines on a dark ground"
     assert page.locator(".word").count() > 10
+    assert page.evaluate("[...document.querySelectorAll('.drawing')].every(f => f.querySelector('svg, img'))")
     narrow = page.evaluate(
         "[...document.querySelectorAll('.drawing svg')].filter(s => s.getBoundingClientRect().width < 200).length"
     )
@@ -68,7 +74,7 @@ def test_the_page_is_readable_in_every_size_and_scheme(browser: Any, size: str, 
 
 def test_the_check_of_contrast_finds_what_is_hard_to_read(browser: Any) -> None:
     page, _ = new_page(browser, scheme="dark")
-    page.goto(PAGE.as_uri())
+    _open(page)
     page.add_style_tag(content=".word { color: #555 !important } .drawing svg { fill: #333 !important }")
     found = page.evaluate(CONTRAST)
     assert any(line.startswith("SPAN") for line in found)
@@ -78,7 +84,7 @@ def test_the_check_of_contrast_finds_what_is_hard_to_read(browser: Any) -> None:
 
 def test_every_link_leads_somewhere(browser: Any) -> None:
     page, errors = new_page(browser)
-    page.goto(PAGE.as_uri())
+    _open(page)
     links = page.evaluate(
         "[...document.querySelectorAll('a[href], img[src]')].map(a => a.getAttribute('href') || a.getAttribute('src'))"
     )
@@ -99,7 +105,7 @@ def test_every_link_leads_somewhere(browser: Any) -> None:
 
 def test_everything_works_by_keyboard(browser: Any) -> None:
     page, errors = new_page(browser)
-    page.goto(PAGE.as_uri())
+    _open(page)
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     page.keyboard.press("Enter")
@@ -126,7 +132,7 @@ def test_everything_works_by_keyboard(browser: Any) -> None:
 
 def test_every_seeds_numbers_lie_under_a_verdict(browser: Any) -> None:
     page, errors = new_page(browser)
-    page.goto(PAGE.as_uri())
+    _open(page)
     claim = page.locator("details.how[data-seeds]").first
     assert not claim.evaluate("d => d.open")
     claim.locator("summary").click()
@@ -138,7 +144,7 @@ def test_every_seeds_numbers_lie_under_a_verdict(browser: Any) -> None:
 
 def test_tables_sort_by_what_their_cells_mean(browser: Any) -> None:
     page, _ = new_page(browser)
-    page.goto(PAGE.as_uri())
+    _open(page)
     minus = "\N{MINUS SIGN}3.5"
     page.evaluate(ROWS, [["b", "1,200", "failed"], ["a10", "95.25 ± 0.20", "3"], ["a9", minus, "20"]])
     table = page.locator("figure.table table").first

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from factory import claim, operand, paper, record, table
-from tracking_fixtures import client_of, make_parent, store, template
+from tracking_fixtures import child, client_of, make_parent, store, template
 
 from experiments import showcase, tracking, tracking_views
 from experiments.claims import Figure, available_papers, load_paper
@@ -114,6 +114,28 @@ def test_a_finished_paper_is_shown_on_its_parents_and_in_one_report(store: track
     found_by = {v.key: client.search_runs([experiment], v.search) for v in showcase.views(spec)}
     assert {r.info.run_id for r in found_by["means"]} == {run for _, run in parents.values()}
     assert [r.info.run_id for r in found_by["report"]] == [report.info.run_id]
+
+
+def test_seeds_that_were_made_again_are_told_apart(store: tracking.Store) -> None:
+    parent = make_parent(store)
+    ids = []
+    for seed in range(3):
+        with child(store, parent, seed) as run:
+            ids.append(run.run_id)
+    for latest in ({ids[0], ids[1]}, {ids[1], ids[2]}):
+        tracking_views.mark_current(store, *parent, latest)
+        found = client_of(store).search_runs([parent[0]], f"tags.`{tracking_views.CURRENT}` = 'yes'")
+        assert {run.info.run_id for run in found} == latest
+
+
+def test_the_metrics_that_claims_weigh_come_first() -> None:
+    spec = paper(
+        claim("c1", operands=(operand("a", "val/acc"), operand("b", "val/acc"))),
+        claim("c2", operands=(operand("a", "val/acc"), operand("b", "val/acc"))),
+        claim("c3", operands=(operand("a", "test/loss"), operand("b", "test/loss"))),
+        tables=(table("a", columns=("test/acc", "cost/params", "test/loss")),),
+    )
+    assert [metric.name for metric in showcase.headline(spec)] == ["val/acc", "test/loss", "test/acc"]
 
 
 def test_pictures_are_of_one_ablation_alone(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def _found(runs: Path) -> tuple[str, str, str]:
     """The same of a runs/ folder that is there: the first run with a picture."""
     store = tracking.Store(runs)
     client = tracking._client(store)
-    for experiment in client.search_experiments(filter_string="tags.paper = 'tropical_cnn'"):
+    for experiment in sorted(client.search_experiments(filter_string="tags.paper LIKE '%'"), key=lambda e: e.name):
         for run in client.search_runs([experiment.experiment_id], f"tags.`{tracking.GROUP}` != ''"):
             for picture in client.list_artifacts(run.info.run_id, showcase.PICTURES):
                 return experiment.experiment_id, run.info.run_id, Path(picture.path).name

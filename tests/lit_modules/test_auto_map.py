@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from typing import Any
-
-os.environ["NUMBA_DISABLE_JIT"] = "1"
 
 import numpy as np
 import pytest
@@ -52,6 +49,10 @@ class _Toy(LightningDataModule):
         found = search(self.source.problem(), "exhaustive", Budget(steps=10**5))
         self.optimum = Optimum(found.cost, "exhaustive", True)
         self.saved: list[tuple[int, ...]] = []
+
+    @property
+    def train_size(self) -> int:
+        return self.steps
 
     def environments(self, count: int, observer: Any = None) -> list[PlanEnvironment]:
         return [PlanEnvironment(self.source.problem(), width=WIDTH, observer=observer) for _ in range(count)]

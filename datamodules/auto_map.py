@@ -94,7 +94,7 @@ class PlanData(LightningDataModule):
             raise ValueError(
                 f"{train_steps} decisions must hold one collection of {collect}, with {updates} or more updates"
             )
-        self.name, self.task, self.seed, self.reward = name, task, seed, reward
+        self.workload, self.task, self.seed, self.reward = name, task, seed, reward
         self.topology = sized(load_topology(topology), devices)
         self.arguments, self.objective = dict(arguments or {}), objective
         self.pruning, self.window = pruning or Pruning(), window or Window()
@@ -107,7 +107,7 @@ class PlanData(LightningDataModule):
     @property
     def card(self) -> DataCard:
         """What the workload is."""
-        return workload_card(self.name)
+        return workload_card(self.workload)
 
     @property
     def train_size(self) -> int:
@@ -122,7 +122,7 @@ class PlanData(LightningDataModule):
     @cached_property
     def source(self) -> Any:
         """What makes problems of the task's one model."""
-        return self._source(self.name)
+        return self._source(self.workload)
 
     def _source(self, name: str) -> Any:
         if self.task in ("pipeline", "general"):
@@ -230,7 +230,7 @@ class PlanData(LightningDataModule):
 
     def describe(self) -> str:
         """Return the plan problem as JSON, for people."""
-        return json.dumps({"name": self.name, "task": self.task, "topology": self.topology.name}, sort_keys=True)
+        return json.dumps({"name": self.workload, "task": self.task, "topology": self.topology.name}, sort_keys=True)
 
 
 def sized(topology: Topology, devices: int | None) -> Topology:

@@ -32,6 +32,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning import LightningModule
 from torch import nn
 
@@ -78,7 +79,11 @@ class PlansForReal(LightningModule):
         """The data are the workloads' own."""
 
     def on_test_epoch_end(self) -> None:
-        report: Report = measure(self.workloads, self.ranks, self.repeats, self.seed, self.limit_s)
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):  # Lightning tests without gradients; plans are training steps
+            report: Report = measure(self.workloads, self.ranks, self.repeats, self.seed, self.limit_s)
         for name, value in report.metrics().items():
             self.log(f"test/exec_{name}", float(value))
 

@@ -63,7 +63,8 @@ class PlanSearch(AutoMap):
 
     def _sharding(self) -> dict[str, float]:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        problem, best, said = data.source.problem(), *data.source.sharding()
+        problem = data.source.problem()
+        best, said = data.source.sharding()
         return {
             "search/cost": best.cost,
             "search/reference": problem.reference,

@@ -107,7 +107,7 @@ class PipelineProblem:
     Source: dossier 1.7, 1.8.
     """
 
-    scale = None
+    scale: float | None = None
 
     def __init__(
         self,
@@ -337,9 +337,8 @@ def random_buckets(rng: np.random.Generator, count: int = 128) -> Buckets:
         if rng.random() < 0.5:
             seconds[end] *= rng.uniform(1.0, 6.0)
             parameters[end] *= rng.uniform(1.0, 20.0)
-    whole = 10 ** rng.uniform(
-        -1.0, 1.5
-    )  # seconds on one device; what crosses and is summed takes up to 0.4 of a stage's
+    # seconds on one device; what crosses and is summed takes up to 0.4 of a stage's
+    whole = 10 ** rng.uniform(0.0, 1.5)
     scale_s, scale_a, scale_w = whole, rng.uniform(0.0, 0.4) * whole * 9.4e7, rng.uniform(0.0, 0.4) * whole * 7e9
     return Buckets(
         "random",

@@ -52,7 +52,8 @@ def trace(build: Callable[[], Step], name: str) -> Graph:
     Raises:
         TraceError: the model looks at a tensor's values, fails, or its loss is not a scalar that depends on its parameters.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    # Gradients are wanted wherever this is called from: Lightning tests in inference mode.
+    with torch.inference_mode(False), torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         step = build()
         recorder = Recorder()
         given = _register(recorder, step)

@@ -177,7 +177,7 @@ def test_names_and_hashes_need_no_graph() -> None:
     [
         ({"name": "mnist"}, "names no workload"),
         ({"name": "vgg19", "task": "fly"}, "task must be one of"),
-        ({"name": "vgg19", "train_steps": 4, "collect": 8}, "at least one collection"),
+        ({"name": "vgg19", "train_steps": 4, "collect": 8}, "must hold one collection of 8"),
         ({"name": "vgg19", "topology": "moon"}, "no topology"),
     ],
 )

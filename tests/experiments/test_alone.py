@@ -32,7 +32,7 @@ class _Process:
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalPool]:
     made = LocalPool(jobs=2)
-    made._context = SimpleNamespace(Process=_Process)  # type: ignore[assignment]
+    made._context = SimpleNamespace(Process=_Process, set_forkserver_preload=lambda names: None)  # type: ignore[assignment]
     monkeypatch.setattr("experiments.executors.wait", lambda sentinels, timeout: sentinels)
     yield made
     made._running.clear()

@@ -61,7 +61,7 @@ def fivefold(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("data mnits", "unknown data set 'mnits' (nearest valid: 'mnist')"),
         ("verify 0000", "no run under"),
         ("diff 0000 [/x]", "no run under"),
-        ("sweep 3", "python -m sweeps.grid tropical_cnn NAME"),
+        ("sweep 3 --space layer_mx", "no search space 'layer_mx' for tropical_cnn (nearest valid: 'layer_mix')"),
     ],
 )
 def test_what_is_mistyped_is_one_message(fivefold, arguments: str, words: str) -> None:

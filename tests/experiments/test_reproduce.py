@@ -216,13 +216,12 @@ def test_verify_notices_weights_that_are_not_the_runs(smoke: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["reproduce", "5"], "not part of the suite yet"),
         (["reproduce", "tropical_cn"], "'tropical_cnn'"),
         (["reproduce", "3", "--only", "nett1"], "'net1'"),
         (["plan", "3", "--profile", "smal"], "'small'"),
         (["explain", "A1.mnits"], "'A1.mnist'"),
         (["verify", "nosuchrun"], "no run under"),
-        (["sweep", "3"], "no Optuna search space yet"),
+        (["sweep", "3", "--space", "layer_mx"], "'layer_mix'"),
     ],
 )
 def test_a_wrong_word_is_one_message_with_the_way_out(tmp_path: Path, arguments: list[str], words: str) -> None:

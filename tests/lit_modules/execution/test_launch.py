@@ -22,9 +22,10 @@ def test_what_a_process_died_of_is_said() -> None:
 
 
 def test_time_is_up() -> None:
+    before = set(multiprocessing.active_children())  # of other tests
     with pytest.raises(RanksFailed, match="sleep did not end within 4 s and was stopped"):
         launch(time.sleep, 2, 600.0, timeout_s=4.0)
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_no_ranks_are_refused() -> None:

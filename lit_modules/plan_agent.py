@@ -64,8 +64,9 @@ class Recipe:
 @contextmanager
 def interpreted() -> Iterator[None]:
     """Import tianshou without compiling its helpers: that takes tens of seconds, and they are few numpy calls."""
-    from numba.core import config
+    import numba
 
+    config: Any = numba.config
     kept = config.DISABLE_JIT
     config.DISABLE_JIT = True
     try:

@@ -39,7 +39,7 @@ def test_every_file_it_links_to_is_there() -> None:
 
 def test_every_command_it_names_exists() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    named = set(re.findall(r"fivefold (\w+)", TEXT))
+    named = set(re.findall(r"fivefold ([a-z][\w-]*)", TEXT))
     assert named
     assert named <= commands.keys()
     targets = set(re.findall(r"^([a-z-]+?)(?:-%)?:", (ROOT / "Makefile").read_text(), re.M))

@@ -71,8 +71,9 @@ class PlanEnvironment(gymnasium.Env[dict[str, np.ndarray], int]):
                 f"{self.problem.name} needs observations of {self.problem.width} numbers and {self.problem.actions} actions; "
                 f"there is room for {self.width} and {actions}"
             )
-        self.action_space = spaces.Discrete(actions)
-        self.observation_space = spaces.Dict(
+        self._mask_width = actions
+        self.action_space: Any = spaces.Discrete(actions)
+        self.observation_space: Any = spaces.Dict(
             {
                 "obs": spaces.Box(-np.inf, np.inf, (self.width,), np.float32),
                 "mask": spaces.Box(0, 1, (actions,), np.bool_),
@@ -135,7 +136,7 @@ class PlanEnvironment(gymnasium.Env[dict[str, np.ndarray], int]):
     def _observation(self) -> dict[str, np.ndarray]:
         found = np.zeros(self.width, dtype=np.float32)
         found[: self.problem.width] = self.problem.features()
-        mask = np.zeros(self.action_space.n, dtype=bool)  # type: ignore[attr-defined]
+        mask = np.zeros(self._mask_width, dtype=np.bool_)
         if self.problem.done:
             mask[: self.problem.actions] = (
                 True  # nothing is chosen any more, and a mask of zeros would spoil the target

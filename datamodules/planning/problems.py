@@ -277,7 +277,7 @@ class Staging:
         found = {f"plan/device_cut_{n}": float(cut) for n, cut in enumerate(plan["devices"], start=1)}
         found |= {f"plan/cut_{n}": float(cut) for n, cut in enumerate(plan["cuts"], start=1)}
         boundaries = set(np.cumsum(self.topology.sizes).tolist())
-        found["plan/at_servers"] = 100.0 * float(np.mean([cut in boundaries for cut in plan["devices"]] or [1.0]))
+        found["plan/at_servers"] = 100.0 * float(np.mean([cut in boundaries for cut in plan["devices"]] or [True]))
         if self.published:
             off = [abs(cut - 1 - known) for cut, known in zip(plan["cuts"], self.published, strict=True)]
             found["plan/cuts_off"] = float(max(off))  # the row begins with the embedding
@@ -314,7 +314,7 @@ HEAD_IN_LAYERS = 2.4  # masked-language head over 30,522 words at width 1024, by
 
 def with_head(layers: Layers) -> Layers:
     """Return a row of transformer layers with a masked-language head behind it, as long as 2.4 of the last layer."""
-    rows = {
+    rows: dict[str, Any] = {
         name: np.append(getattr(layers, name), HEAD_IN_LAYERS * getattr(layers, name)[-1])
         for name in ("forward_K", "backward_K")
     }

@@ -6,6 +6,7 @@ Legend: K buckets.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def divided(layers: Layers, parts: int) -> Layers:
     """
     if parts < 1:
         raise ValueError(f"a layer is cut into 1 or more parts, got {parts!r}")
-    rows = {
+    rows: dict[str, Any] = {
         name: np.repeat(getattr(layers, name), parts) / parts
         for name in ("forward_K", "backward_K", "parameters_K", "saved_K")
     }
@@ -88,7 +89,7 @@ def rebucketed(layers: Layers, granularity: int) -> Layers:
         raise ValueError(f"granularity must be at least 2, got {granularity!r}")
     ends = ends_of(layers.seconds_K, granularity)
     starts = np.concatenate([[0], ends[:-1] + 1])
-    rows = {
+    rows: dict[str, Any] = {
         name: np.add.reduceat(getattr(layers, name), starts)
         for name in ("forward_K", "backward_K", "parameters_K", "saved_K")
     }

@@ -80,16 +80,17 @@ def save_views(store: Store, experiment_id: str, views: Sequence[View]) -> None:
         ValueError: a view is longer than the tracker keeps.
     """
     client = tracking._client(store)
-    there = client.get_experiment(experiment_id).tags
-    for at, view in enumerate(views):
-        state = json.dumps(view.state(), separators=(",", ":"))
-        # The menu lists the newest first; the order given here is kept, whenever they are written.
-        made = {"name": view.name, "createdAt": len(views) - at, "updatedAt": len(views) - at, "state": state}
-        value = json.dumps(made, separators=(",", ":"))
-        if len(value) > TAG_CHARS:
-            raise ValueError(f"the view '{view.key}' takes {len(value)} characters, the tracker keeps {TAG_CHARS}")
-        if there.get(VIEW_TAG + view.key) != value:
-            client.set_experiment_tag(experiment_id, VIEW_TAG + view.key, value)
+    with store.database.lock:
+        there = client.get_experiment(experiment_id).tags
+        for at, view in enumerate(views):
+            state = json.dumps(view.state(), separators=(",", ":"))
+            # The menu lists the newest first; the order given here is kept, whenever they are written.
+            age = len(views) - at
+            value = json.dumps({"name": view.name, "createdAt": age, "updatedAt": age, "state": state})
+            if len(value) > TAG_CHARS:
+                raise ValueError(f"the view '{view.key}' takes {len(value)} characters, the tracker keeps {TAG_CHARS}")
+            if there.get(VIEW_TAG + view.key) != value:
+                client.set_experiment_tag(experiment_id, VIEW_TAG + view.key, value)
 
 
 def annotate(
@@ -105,8 +106,9 @@ def annotate(
     client = tracking._client(store)
     named = {tag_name(name): str(value)[:TAG_CHARS] for name, value in (tags or {}).items()}
     named |= {NOTE: note[:TAG_CHARS]} if note else {}
-    client.log_batch(run_id, tags=[RunTag(name, value) for name, value in named.items()])
-    tracking._log_params(client, run_id, params or {})
+    with store.database.lock:  # another command may be reporting the same runs
+        client.log_batch(run_id, tags=[RunTag(name, value) for name, value in named.items()])
+        tracking._log_params(client, run_id, params or {})
 
 
 def tag_name(label: str) -> str:
@@ -138,7 +140,7 @@ def mark_current(store: Store, experiment_id: str, parent_run_id: str, run_ids: 
         for run in page:
             word = "yes" if run.info.run_id in run_ids else "no"
             if run.data.tags.get(CURRENT) != word:
-                client.set_tag(run.info.run_id, CURRENT, word)
+                annotate(store, run.info.run_id, tags={CURRENT: word})
         token = page.token or None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from factory import claim, operand, paper, record, table
-from tracking_fixtures import child, client_of, make_parent, store, template
+from tracking_fixtures import child, client_of, joined, make_parent, start, store, template, together
 
 from experiments import showcase, tracking, tracking_views
 from experiments.claims import Figure, available_papers, load_paper
@@ -114,6 +114,27 @@ def test_a_finished_paper_is_shown_on_its_parents_and_in_one_report(store: track
     found_by = {v.key: client.search_runs([experiment], v.search) for v in showcase.views(spec)}
     assert {r.info.run_id for r in found_by["means"]} == {run for _, run in parents.values()}
     assert [r.info.run_id for r in found_by["report"]] == [report.info.run_id]
+
+
+def _annotate(store: tracking.Store, gate: Path, me: int, experiment: str, run: str) -> None:
+    tracking_views.experiment_of(store, "toy")  # the imports are over with
+    for again in range(5):
+        (gate / str(again)).mkdir(exist_ok=True)
+        together(gate / str(again), me, 2)
+        tracking_views.annotate(
+            store, run, f"note {again}", {f"t{again}": "x"}, {f"p{again}.{k}": k for k in range(150)}
+        )
+        tracking_views.save_views(store, experiment, [View("means", f"Means {again}", bars=("x",))])
+
+
+def test_two_commands_may_show_the_same_runs_at_once(store: tracking.Store, tmp_path: Path) -> None:
+    experiment, run = make_parent(store)
+    (tmp_path / "gate").mkdir()
+    both = [start(_annotate, store, tmp_path / "gate", me, experiment, run) for me in range(2)]
+    assert joined(both) == [0, 0]
+    found = client_of(store).get_run(run).data
+    assert sum(name.startswith("p") and name[1].isdigit() for name in found.params) == 750
+    assert found.tags["t4"] == "x"
 
 
 def test_seeds_that_were_made_again_are_told_apart(store: tracking.Store) -> None:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-LAYERS = (2, 12, 48, 192, 830)  # about 250 to 100,000 operations
+LAYERS = (2, 12, 48, 192, 1041)  # about 250 to 100,000 operations
 BUDGET_S = 2.0  # of each measurement
 
 

@@ -244,10 +244,12 @@ def _pairs(instead: Iterable[str]) -> dict[str, str]:
     """What is given as OTHER=NAME, by OTHER; names that are data sets."""
     from experiments.errors import UserError
 
-    pairs = dict(text.partition("=")[::2] for text in instead)
-    for other, name in pairs.items():
+    pairs = {}
+    for text in instead:
+        other, _, name = text.partition("=")
         if not other or not name:
-            raise UserError(f"--instead takes OTHER=NAME, such as faces=lfw; got '{other}{name}'")
+            raise UserError(f"--instead takes OTHER=NAME, such as faces=lfw; got '{text}'")
+        pairs[other] = name
     _check("data set", pairs.values(), _stems("data"))
     return pairs
 

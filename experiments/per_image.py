@@ -21,26 +21,20 @@ def image_values(record: Record, metric: str) -> Mapping[int, float]:
 
     Args:
         record: of a finished run.
-        metric: <set>/<measure>, of which the first part or, for the sets of a strength of blur, the first two name the set.
+        metric: <set>/<measure>; a set's name may have parts of its own, such as strength/0.25.
     """
     path = record.path / FILE
-    if not path.exists():
-        return {}
-    head, _, measure = metric.partition("/")
-    if head == "strength":
-        edge, _, measure = measure.partition("/")
-        head = f"{head}/{edge}"
-    return _table(path, path.stat().st_mtime_ns).get((head, measure), {})
+    return _table(path, path.stat().st_mtime_ns).get(metric, {}) if path.exists() else {}
 
 
 @lru_cache(maxsize=64)
-def _table(path: Path, _: int) -> Mapping[tuple[str, str], Mapping[int, float]]:
-    """The finite values of a file by (set, measure), each by image."""
-    found: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+def _table(path: Path, _: int) -> Mapping[str, Mapping[int, float]]:
+    """The finite values of a file by metric, each by image."""
+    found: dict[str, dict[int, float]] = defaultdict(dict)
     with open(path, newline="") as handle:
         for row in csv.DictReader(handle):
             name, image = row.pop("set"), int(row.pop("index"))
             for measure, text in row.items():
                 if text and math.isfinite(value := float(text)):
-                    found[name, measure][image] = value
+                    found[f"{name}/{measure}"][image] = value
     return found

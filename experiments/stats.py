@@ -130,31 +130,6 @@ def studentised_bootstrap(values: Values, alpha: float = 0.05, draws: int = 4000
     return Estimate(mean, sd, sample.size, mean - float(high) * error, mean - float(low) * error)
 
 
-def cluster_bootstrap(
-    groups: Sequence[Sequence[float]], alpha: float = 0.05, draws: int = 4000, seed: int = 0
-) -> Estimate:
-    """Return the mean of per-image values with an interval that resamples seeds and, within each, images.
-
-    Args:
-        groups: for each seed, its per-image values. At least 2 seeds.
-        alpha: the interval is the two-sided (1 - alpha) one.
-        draws, seed: resamples, and the seed of their generator.
-    Raises:
-        ValueError: fewer than 2 seeds, a seed without values, or a value that is not finite.
-    """
-    if len(groups) < 2:
-        raise ValueError(f"at least 2 seeds are needed, got {len(groups)}")
-    samples = [_sample(group) for group in groups]
-    rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(draws):
-        chosen = rng.integers(0, len(samples), len(samples))
-        means.append(np.mean([rng.choice(samples[i], samples[i].size).mean() for i in chosen]))
-    center = [float(sample.mean()) for sample in samples]
-    low, high = np.quantile(means, [alpha / 2, 1 - alpha / 2])
-    return Estimate(float(np.mean(center)), float(np.std(center, ddof=1)), len(groups), float(low), float(high))
-
-
 def crossed(
     values_SI: Sequence[Sequence[float]] | np.ndarray, margin: float = 0.0, alpha: float = 0.05
 ) -> tuple[Estimate, float]:

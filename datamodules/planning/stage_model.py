@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.planning.pipeline_env import Buckets
-from datamodules.planning.stages import Layers, Pipeline
+from datamodules.planning.stages import Layers, Pipeline, ends_of
 
 
 class StagePricer:
@@ -83,8 +83,6 @@ def rebucketed(layers: Layers, granularity: int) -> Layers:
     Raises:
         ValueError: a granularity below 2.
     """
-    from datamodules.planning.stages import ends_of
-
     if granularity < 2:
         raise ValueError(f"granularity must be at least 2, got {granularity!r}")
     ends = ends_of(layers.seconds_K, granularity)

@@ -43,15 +43,12 @@ def test_scipy_is_imported_only_where_it_is_used() -> None:
         lambda: stats.sign_flip([0.0] * 21),
         lambda: stats.permutation([], [1.0]),
         lambda: stats.permutation([0.0] * 15, [1.0] * 15),
-        lambda: stats.cluster_bootstrap([[1.0]]),
-        lambda: stats.cluster_bootstrap([[1.0], []]),
-        lambda: stats.cluster_bootstrap([[1.0], [math.nan]]),
     ],
 )
 def test_what_docstrings_say_is_refused_is_refused(call) -> None:
     with pytest.raises(ValueError, match=r"needed|finite|too many"):
         call()
-    for function in (stats.sign_flip, stats.permutation, stats.cluster_bootstrap):
+    for function in (stats.sign_flip, stats.permutation, stats.crossed):
         assert "Raises:" in (function.__doc__ or "")
 
 
@@ -142,14 +139,6 @@ def test_bootstrap_t_covers_a_skewed_mean_better_than_percentiles_would() -> Non
         percentile += low <= 1 <= high
     assert covered > percentile
     assert covered / 400 > 0.90
-
-
-def test_cluster_bootstrap_is_wider_when_seeds_differ() -> None:
-    rng = np.random.default_rng(3)
-    alike = [rng.normal(0, 1, 50) for _ in range(6)]
-    apart = [rng.normal(mean, 1, 50) for mean in (-2, -1, 0, 0, 1, 2)]
-    widths = [e.ci_high - e.ci_low for e in (stats.cluster_bootstrap(g, draws=400) for g in (alike, apart))]
-    assert widths[1] > 2 * widths[0]
 
 
 def test_crossed_covers_other_seeds_and_other_images() -> None:

@@ -95,7 +95,8 @@ def importances(study: optuna.Study, space: Space) -> dict[str, dict[str, float]
                 shares = get_param_importances(study, evaluator=evaluator, target=lambda trial: sign * trial.values[0])
         except (ValueError, RuntimeError):  # fewer than two different trials
             shares = {}
-        found[name] = {n: round(float(v), 4) for n, v in shares.items() if math.isfinite(v)}
+        rounded = {n: round(float(v), 4) for n, v in shares.items() if math.isfinite(v)}
+        found[name] = dict(sorted(rounded.items(), key=lambda item: (-item[1], item[0])))  # ties in a fixed order
     return found
 
 

@@ -133,6 +133,16 @@ def test_importance_finds_what_matters(tmp_path: Path) -> None:
         assert shares["rate"] > shares["width"], method
 
 
+@pytest.mark.parametrize("order", [["width", "rate"], ["rate", "width"]])
+def test_parameters_of_equal_importance_come_in_one_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: list[str]
+) -> None:
+    made = space(sampler={"name": "random", "seed": 1})
+    studies, _ = _finished(made, tmp_path, 4)
+    monkeypatch.setattr("optuna.importance.get_param_importances", lambda *_, **__: dict.fromkeys(order, 0.5))
+    assert [list(shares) for shares in importances(studies[""], made).values()] == [["rate", "width"]] * 2
+
+
 def test_contenders_are_the_winner_the_default_and_the_arms_on_seeds_that_no_trial_used(tmp_path: Path) -> None:
     made = space(arms=ARMS)
     studies, contenders = _finished(made, tmp_path, 6)

@@ -182,7 +182,7 @@ def _row(shape: str, peer: str, forward: float, backward: float, memory: float, 
     return Row(shape, peer, forward, backward, memory, *ratios)
 
 
-def _rows(name: str, peers: dict[str, Callable[[Any, Any], Any]], x: Any, w: Any) -> list[Row]:
+def compared(name: str, peers: dict[str, Callable[[Any, Any], Any]], x: Any, w: Any) -> list[Row]:
     """A row per peer, the compiled path first, ratios to it. Without operands that take a gradient, no backward."""
     forward = _median_ms({peer: _forward(op, x, w) for peer, op in peers.items()})
     trained = x.requires_grad or w.requires_grad
@@ -196,7 +196,7 @@ def _rows(name: str, peers: dict[str, Callable[[Any, Any], Any]], x: Any, w: Any
 
 def measure(shape: Shape) -> list[Row]:
     """Return a row per peer, the compiled path first, ratios to it (above 1: the compiled path is better)."""
-    return _rows(shape.name, _peers(shape), *_operands(shape))
+    return compared(shape.name, _peers(shape), *_operands(shape))
 
 
 def measure_matmul(rows: int, inner: int, columns: int) -> list[Row]:
@@ -213,7 +213,7 @@ def measure_matmul(rows: int, inner: int, columns: int) -> list[Row]:
         "torch cdist p=inf (yardstick)": lambda x, w: torch.cdist(x, w, p=float("inf")),
         "torch matmul": lambda x, w: x @ w.T,
     }
-    return _rows(name, peers, x, w)
+    return compared(name, peers, x, w)
 
 
 def measure_normal_form(samples: int, inputs: int, outputs: int) -> list[Row]:
@@ -228,7 +228,7 @@ def measure_normal_form(samples: int, inputs: int, outputs: int) -> list[Row]:
         "compiled (ours)": lambda f, g: restricted_weight(f, g, "min"),
         "broadcast": lambda f, g: (g[:, :, None] - f[:, None, :]).amax(0),
     }
-    return _rows(name, peers, f, g)
+    return compared(name, peers, f, g)
 
 
 def run_bench(out: Path) -> list[Row]:
@@ -236,34 +236,39 @@ def run_bench(out: Path) -> list[Row]:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
+    torch.set_num_threads(1)
+    rows = [row for shape in SHAPES for row in measure(shape)]
+    rows += measure_matmul(256, 784, 64) + measure_matmul(512, 512, 512) + measure_normal_form(2000, 64, 64)
+    save(rows, out / "tropical_ops.csv")
+    return rows
+
+
+def save(rows: list[Row], file: Path) -> None:
+    """Print rows and write them as CSV, with the hardware named."""
     from experiments.provenance import hardware, versions
     from experiments.store import write_atomically
 
-    torch.set_num_threads(1)
     console = Console(width=max(124, Console().width))
-    rows = [row for shape in SHAPES for row in measure(shape)]
-    rows += measure_matmul(256, 784, 64) + measure_matmul(512, 512, 512) + measure_normal_form(2000, 64, 64)
     text = io.StringIO()
     machine = hardware()
     text.write(f"# {machine['cpu']}, one thread, torch {versions()['torch']}, numba {versions()['numba']}\n")
     writer = csv.DictWriter(text, list(asdict(rows[0])), lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()} for row in rows)
-    write_atomically(out / "tropical_ops.csv", text.getvalue())
+    write_atomically(file, text.getvalue())
     console.print(_table(rows, machine["cpu"]))
-    console.print(f"written: {out / 'tropical_ops.csv'}", soft_wrap=True)
-    return rows
+    console.print(f"written: {file}", soft_wrap=True)
 
 
 def _table(rows: list[Row], cpu: str) -> Table:
-    table = Table(title=f"{cpu}, one thread; x: the peer's time or memory over the compiled path's", box=None)
+    table = Table(title=f"{cpu}, one thread; x: the peer's time or memory over ours", box=None)
     for name in ("shape", "peer"):
         table.add_column(name, no_wrap=True)
     for name in ("forward ms", "x", "backward ms", "x", "both x", "peak MiB", "x"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
-            row.shape if row.peer.startswith("compiled") else "",
+            row.shape if row.forward_ratio == 1.0 and "(ours)" in row.peer else "",
             row.peer,
             *(f"{row.forward_ms:.2f}", f"{row.forward_ratio:.1f}"),
             *(f"{row.backward_ms:.2f}", f"{row.backward_ratio:.1f}"),

@@ -191,10 +191,12 @@ def ui(
 def bench() -> None:
     """Measure the kernels against named peers in the same run, as ratios."""
     from experiments.bench import run_bench
+    from experiments.bench_layers import run_layer_bench
     from experiments.bench_plans import run_plan_bench
 
     out = _places("small").results / "bench"
     run_bench(out)
+    run_layer_bench(out)
     run_plan_bench(out)
 
 
@@ -224,19 +226,15 @@ def _specs(paper: str, profile: str, instead: Iterable[str] | None = None) -> li
     from experiments.errors import UserError
     from experiments.schema import nearest
 
-    available = available_papers()
     if paper == "all":
         if instead:
             raise UserError("--instead is of one paper's data: name that paper")
-        has = [key for _, key in sorted(available.items()) if profile in _stems(f"profile/{key}")]
+        has = [key for _, key in sorted(available_papers().items()) if profile in _stems(f"profile/{key}")]
         return [load_paper(key).in_profile(profile) for key in has]
     if paper.isdigit() and int(paper) in KNOWN_PAPERS:
         paper = KNOWN_PAPERS[int(paper)]
     if paper not in KNOWN_PAPERS.values():
         raise UserError(f"there is no paper '{paper}'{nearest(paper, KNOWN_PAPERS.values())}")
-    if paper not in available.values():
-        ready = ", ".join(f"{number} ({key})" for number, key in sorted(available.items()))
-        raise UserError(f"paper '{paper}' is not part of the suite yet; what there is: {ready}")
     return [load_paper(paper).on_data(_pairs(instead or ())).in_profile(profile)]
 
 

@@ -145,6 +145,8 @@ def _paired(claim: Claim, runs: Runs, a: Operand, b: Operand, alpha: float) -> t
     metric = runs.spec.metric(a.metric)
     if claim.design.test == "crossed":
         return _crossed(claim, runs, alpha, a, b)
+    if not claim.design.paired and min(len(x), len(y)) < 2:
+        return stats.t_estimate(_oriented(metric, x.mean(keepdims=True), y.mean(keepdims=True)), alpha), 1.0
     if not claim.design.paired:
         return stats.welch(*((y, x) if metric.direction == "lower" else (x, y)), claim.margin, alpha)
     if len(x) != len(y):
@@ -162,7 +164,10 @@ def _crossed(claim: Claim, runs: Runs, alpha: float, a: Operand, b: Operand | No
     y = rest[0] if rest else np.full_like(x, claim.against or 0.0)
     if x.shape != y.shape:
         raise NotAssessable(f"the sides have {len(x)} and {len(y)} seeds: they cannot be paired")
-    return stats.crossed(_oriented(runs.spec.metric(a.metric), x, y), claim.margin, alpha)
+    gaps = _oriented(runs.spec.metric(a.metric), x, y)
+    if len(gaps) < 2:
+        return stats.t_estimate(gaps.mean(axis=1), alpha), 1.0
+    return stats.crossed(gaps, claim.margin, alpha)
 
 
 def _scaled(claim: Claim, values: np.ndarray) -> np.ndarray:

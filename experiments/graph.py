@@ -106,7 +106,7 @@ def keys_for(spec: PaperSpec, selection: Selection) -> list[CellKey]:
         pairs = listed + extra
     if not pairs:
         raise ConfigError(f"nothing to run: no ablation of {spec.key} matches this selection")
-    seeds = selection.seed or tuple(range(selection.seeds or _profile_seeds(spec, pairs[0], selection)))
+    seeds = selection.seed or _profile_seeds(spec, pairs[0], selection)
     pairs = _with_parents(spec, pairs, selection)
     return [_key(spec, pair, selection, seed) for seed in seeds for pair in pairs]
 
@@ -143,8 +143,11 @@ def _pairs_of_tables(spec: PaperSpec, names: tuple[str, ...]) -> list[tuple[str,
     return list(dict.fromkeys((row, column.data) for table in chosen for row in table.rows for column in table.columns))
 
 
-def _profile_seeds(spec: PaperSpec, pair: tuple[str, str], selection: Selection) -> int:
-    return int(resolve(_key(spec, pair, selection), trainer=selection.trainer).config["profile"]["seeds"])
+def _profile_seeds(spec: PaperSpec, pair: tuple[str, str], selection: Selection) -> tuple[int, ...]:
+    """The profile's seeds, or as many from its first one on as are asked for."""
+    profile = resolve(_key(spec, pair, selection), trainer=selection.trainer).config["profile"]
+    first = int(profile.get("first_seed", 0))
+    return tuple(range(first, first + (selection.seeds or int(profile["seeds"]))))
 
 
 def plan(spec: PaperSpec, selection: Selection, runs: Path, rerun_stale: bool = False) -> Plan:

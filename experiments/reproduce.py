@@ -259,7 +259,8 @@ class Reproduction:
         """Have every data set on disk, checked, before processes fan out."""
         for name in dict.fromkeys(node.cell.key.data for node in found.to_run):
             card = card_of(name)
-            what = f"{card.n:,} samples, real" if card.real else "generated"
+            amount = f"{card.n:,} samples" if card.n else card.note
+            what = f"{amount}, real" if card.real else "generated"
             self.console.print(f"Data: {card.name}, {what}, from {card.source}")
 
     def _parents(self, found: Plan) -> dict[tuple[str, ...], tuple[str, str]]:

@@ -137,10 +137,13 @@ class Executor(Strict):
 
 
 class Profile(Strict):
-    """How much is run. `sizes` are names for numbers that ablations refer to, such as a net's width at this scale."""
+    """How much is run: seeds from `first_seed` on, which is above those that settings were chosen with. `sizes` are names for
+    numbers that ablations refer to, such as a net's width at this scale.
+    """
 
     name: Literal["smoke", "small", "gpu", "paper"]
     seeds: Positive
+    first_seed: Annotated[int, Field(ge=0)] = 0
     budgets: dict[str, dict[str, Budget]]
     sizes: dict[str, Positive] = {}
 

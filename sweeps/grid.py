@@ -13,7 +13,7 @@ import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,6 +32,7 @@ from experiments.store import read_run, write_atomically
 
 SPACES = Path(__file__).parent / "spaces"
 DIRECTIONS = {"higher": max, "lower": min}
+PREFIXES = ("val/", "train/", "search/", "gap_at/")
 Combination = tuple[Any, ...]  # one value per axis, in the order of Grid.axes
 
 
@@ -40,7 +41,8 @@ class Grid:
     """Settings and their values, every combination tried for every ablation on the same seeds.
 
     `axes` maps a key of the resolved configuration, such as optim.optimizer.lr, to its values; `metric` is measured on
-    validation or training data, never on test data.
+    validation or training data, never on test data. A search of plans (`search/`, `gap_at/`) has no test data: its grid is
+    over another problem than the report's, by `data` and `fix`, settings that every trial has.
     """
 
     paper: str
@@ -51,10 +53,13 @@ class Grid:
     seeds: list[int]
     metric: str
     direction: str
+    fix: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.metric.startswith(("val/", "train/")):
-            raise UserError(f"selection is by a val/ or train/ metric, never on test data; {self.metric} is neither")
+        if not self.metric.startswith(PREFIXES):
+            raise UserError(
+                f"selection is by one of {', '.join(PREFIXES)}, never on test data; {self.metric} is none of them"
+            )
         if self.direction not in DIRECTIONS:
             raise UserError(f"unknown direction '{self.direction}'{nearest(self.direction, DIRECTIONS)}")
         empty = [name for name in ("ablations", "axes", "seeds") if not getattr(self, name)]
@@ -76,11 +81,11 @@ class Grid:
         if not file.is_file():
             known = [f.stem for f in (SPACES / paper).glob("*.yaml")]
             raise UserError(f"there is no search space '{space}' for {paper}{nearest(space, known)}")
-        read, names = yaml.safe_load(file.read_text()), [field.name for field in fields(cls)]
+        read, names = yaml.safe_load(file.read_text()), [known.name for known in fields(cls)]
         for name in read:
             if name not in names:
                 raise UserError(f"{file.name}: unknown key '{name}'{nearest(name, names)}")
-        if missing := [name for name in names if name not in read]:
+        if missing := [name for name in names if name not in read and name != "fix"]:
             raise UserError(f"{file.name}: missing {', '.join(missing)}")
         try:
             return cls(**read)
@@ -104,7 +109,7 @@ class Grid:
             ConfigError: an impossible value.
         """
         cell = resolve(CellKey(self.paper, ablation, self.data, seed, self.profile))
-        for path, value in self.named(combination).items():
+        for path, value in {**self.fix, **self.named(combination)}.items():
             set_leaf(cell.config, path, value, ablation)
         validate(cell.config, f"{ablation} with {describe(self.named(combination))}")
         return cell

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -106,3 +107,14 @@ def test_what_is_known_of_a_data_set_is_what_it_holds(name: str) -> None:
     assert arrays.train_images.shape == (facts.train, facts.image_size, facts.image_size, facts.channels)
     assert len(arrays.test_labels) == facts.test
     assert int(arrays.train_labels.max()) + 1 == facts.classes
+
+
+def test_seeds_start_where_the_profile_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    conf = shutil.copytree(CONF, tmp_path / "conf")
+    profile = conf / "profile/tropical_cnn/smoke.yaml"
+    profile.write_text(profile.read_text() + "\nfirst_seed: 7\n")
+    monkeypatch.setattr(graph, "resolve", partial(resolve, conf=conf))
+    asked = Selection("smoke", only=("net0",), data=("mnist",))
+    assert [key.seed for key in graph.keys_for(SPEC, asked)] == [7, 8]
+    assert [key.seed for key in graph.keys_for(SPEC, replace(asked, seeds=3))] == [7, 8, 9]
+    assert [key.seed for key in graph.keys_for(SPEC, replace(asked, seed=(1,)))] == [1]

@@ -362,3 +362,11 @@ def test_a_claim_of_images_counts_them_and_pairs_them(tmp_path: Path) -> None:
     (verdict,) = judge(spec, without, "small")
     assert verdict.verdict == "not assessable"
     assert "0 test images have a value of test/acc and test/acc in every run" in verdict.reason
+
+
+def test_one_seed_of_a_claim_about_several_is_shown_and_decides_nothing(tmp_path: Path) -> None:
+    runs = [_with_images(tmp_path, name, 0, dict.fromkeys(range(5), value)) for name, value in (("a", 3.0), ("b", 1.0))]
+    for design in (Design(seeds=3, test="crossed"), Design(seeds=3, paired=False, test="welch")):
+        (verdict,) = judge(paper(claim(operands=(operand("a"), operand("b")), design=design)), runs, "small")
+        assert (verdict.verdict, verdict.estimate, verdict.ci) == ("inconclusive", 2.0, None)
+        assert "only 1 of the 3 seeds" in verdict.reason

@@ -108,6 +108,27 @@ def test_nothing_is_chosen_on_test_data(metric: str) -> None:
     assert _grid(metric="train/loss", direction="lower").metric == "train/loss"
 
 
+def test_every_trial_of_a_grid_has_what_is_fixed() -> None:
+    grid = _grid(axes={LR: [0.01, 0.02]}, fix={"budget.batch_size": 48}, ablations=["net0"])
+    configs = [grid.cell("net0", combination, 1000).config for combination in grid.combinations]
+    assert [c["budget"]["batch_size"] for c in configs] == [48, 48]
+    assert [c["optim"]["optimizer"]["lr"] for c in configs] == [0.01, 0.02]
+    with pytest.raises(UserError, match=r"has no key 'budget\.batch'"):
+        _grid(axes={LR: [0.01]}, fix={"budget.batch": 1}).cell("net0", (0.01,), 1000)
+
+
+def test_a_search_of_plans_is_chosen_by_what_it_met_on_another_problem_than_the_report_has() -> None:
+    from experiments.claims import load_paper
+
+    files = [f for f in (SPACES / "auto_map").glob("*.yaml") if "axes" in yaml.safe_load(f.read_text())]
+    grids = [Grid.load("auto_map", f.stem) for f in files]
+    compared = {(o.ablation, o.data) for claim in load_paper("auto_map").claims for o in claim.operands}
+    assert len({len(grid.combinations) for grid in grids}) == 1, "tuned with unequal numbers of trials"
+    for grid in grids:
+        assert grid.metric == "search/gap"
+        assert not compared & {(ablation, grid.data) for ablation in grid.ablations}
+
+
 def test_faulty_grids_are_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"'highest' .nearest valid: 'higher'"):
         _grid(direction="highest")

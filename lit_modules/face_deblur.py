@@ -5,6 +5,7 @@ Shape legend: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -134,8 +135,10 @@ class FaceDeblur(LightningModule):
             self._train_critic(critics[0], pairs)
         if self.batches % self.hparams["critic_steps"] == 0:
             self._train_generator(generators, pairs)
-        for law in self._listed(self.lr_schedulers()):
-            law.step()  # one per batch, whether the generator moved or not
+        with warnings.catch_warnings():  # torch warns of a rate that moves before the weights do
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for law in self._listed(self.lr_schedulers()):
+                law.step()  # one per batch, whether the generator moved or not
 
     def _train_generator(self, optimiser: Any, pairs: Any) -> None:
         with self.toggled_optimizer(optimiser):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,9 @@ def test_without_a_critic_there_is_one_optimiser_and_no_adversarial_term(data: F
 
 def test_the_schedule_counts_batches_for_both_optimisers(data: FaceDeblurData, tmp_path: Path) -> None:
     module = _module(schedule=linear_decay(2, 0.0), critic_steps=2, **GAME)
-    trainer = _fit(module, data, tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Detected call of `lr_scheduler")
+        trainer = _fit(module, data, tmp_path)
     rates = [optimiser.param_groups[0]["lr"] for optimiser in trainer.optimizers]
     assert rates == pytest.approx([0.5e-3, 0.5e-3])  # one of two epochs is over, whatever has moved how often
 

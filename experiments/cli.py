@@ -191,6 +191,7 @@ def ui(
 def bench() -> None:
     """Measure the kernels against named peers in the same run, as ratios."""
     from experiments.bench import run_bench
+    from experiments.bench_iopddl import run_iopddl_bench
     from experiments.bench_layers import run_layer_bench
     from experiments.bench_plans import run_plan_bench
 
@@ -198,6 +199,7 @@ def bench() -> None:
     run_bench(out)
     run_layer_bench(out)
     run_plan_bench(out)
+    run_iopddl_bench(out)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from sweeps.storage import counted
 if TYPE_CHECKING:
     import optuna
 
-TOP = 8  # trials in the table of the best
+TOP = 8  # settings in the table of the best
 
 
 def points(study: optuna.Study, space: Space) -> list[Point]:
@@ -98,12 +98,15 @@ def _gap(verdict: Verdict, unit: str) -> str:
 
 
 def best_table(space: Space, study: optuna.Study) -> TableModel:
-    """Return the best trials; with several objectives the Pareto front."""
+    """Return the best settings, each by the first trial that had it; with several objectives the Pareto front."""
     paper = load_paper(space.paper)
     whole = [p for p in points(study, space) if not p.cut]
     sign = -1 if space.objectives[0].direction == "higher" else 1
     ranked = sorted(whole, key=lambda p: (sign * p.scores[0], p.number))
-    shown = figures.front(space, whole) if space.several else ranked[:TOP]
+    first: dict[tuple[tuple[str, Any], ...], Point] = {}
+    for point in ranked:
+        first.setdefault(tuple(sorted(point.params.items())), point)
+    shown = figures.front(space, whole) if space.several else list(first.values())[:TOP]
     names = [name for name in space.parameters if any(name in p.params for p in shown)]
     rows = []
     for point in shown:
@@ -111,7 +114,7 @@ def best_table(space: Space, study: optuna.Study) -> TableModel:
         pairs = zip(space.objectives, point.scores, strict=True)
         scores = [f"{s:,.0f}" if o.metric.startswith("cost/") else f"{s:.5g}" for o, s in pairs]
         rows.append(tuple(TableCell(text) for text in (str(point.number), *drawn, *scores)))
-    title = "the Pareto front" if space.several else f"the best {len(shown)} trials"
+    title = "the Pareto front" if space.several else f"the best {len(shown)} settings"
     header = ("trial", *names, *(paper.metric(o.metric).label for o in space.objectives))
     notes = (f"Mean over seeds {', '.join(map(str, space.seeds))}, on validation.", counts_line(study))
     return TableModel("best", f"{space.title}: {title}", header, tuple(rows), notes, tuple(range(len(names) + 1)))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from datamodules.planning.problem import Problem, legal_actions
+from datamodules.planning.walks import Changeable, Changes
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,36 @@ def _start(problem: Problem, ledger: Ledger) -> tuple[float, tuple[int, ...]]:
     return cost, problem.decisions
 
 
+@dataclass
+class _Prefixes:
+    """The walk from plan to plan where later decisions depend on earlier ones, which are taken again."""
+
+    problem: Problem
+    ledger: Ledger
+    rng: np.random.Generator
+    decisions: Sequence[int]
+
+    def move(self) -> float:
+        return _neighbour(self.problem, self.ledger, self.rng, self.decisions)
+
+    def keep(self) -> None:
+        self.decisions = self.problem.decisions
+
+    def drop(self) -> None:
+        pass  # the next move starts from the decisions kept
+
+    def back(self) -> None:
+        self.decisions = self.ledger.decisions or self.decisions
+
+
+def _walk(problem: Problem, ledger: Ledger, rng: np.random.Generator) -> tuple[float, _Prefixes | Changes]:
+    """The default plan's cost, and the walk that starts there: by single changes where the problem has them."""
+    cost, decisions = _start(problem, ledger)
+    if isinstance(problem, Changeable):
+        return cost, Changes(problem, ledger, rng, list(decisions))
+    return cost, _Prefixes(problem, ledger, rng, decisions)
+
+
 def _difference(cost: float, current: float, scale: float) -> float:
     if not math.isfinite(cost):
         return math.inf
@@ -272,15 +303,18 @@ def annealing(
     """Simulated annealing from the default plan: temperature from `hot` to `cold` (of the reference cost), falling
     geometrically over `expected` plans, then staying.
     """
-    current, decisions = _start(problem, ledger)
+    current, walk = _walk(problem, ledger, rng)
     for done in range(10**12):
-        if not decisions:
+        if not walk.decisions:
             return True  # there is nothing to decide
         temperature = hot * (cold / hot) ** min(1.0, done / expected)
-        cost = _neighbour(problem, ledger, rng, decisions)
+        cost = walk.move()
         worse = _difference(cost, current, problem.reference)
         if worse <= 0 or rng.random() < math.exp(-worse / temperature):
-            current, decisions = cost, problem.decisions
+            current = cost
+            walk.keep()
+        else:
+            walk.drop()
     return False
 
 
@@ -290,17 +324,21 @@ def mcmc(problem: Problem, ledger: Ledger, rng: np.random.Generator, alpha: floa
 
     Source: FlexFlow's public src/runtime/model.cc (its difference is in milliseconds, ours in percent of the reference).
     """
-    current, decisions = _start(problem, ledger)
+    current, walk = _walk(problem, ledger, rng)
     period = max(1, min(1000, expected // 100))
     for done in range(1, 10**12):
-        if not decisions:
+        if not walk.decisions:
             return True
         if done % period == 0:
-            current, decisions = ledger.cost, ledger.decisions or decisions
-        cost = _neighbour(problem, ledger, rng, decisions)
+            current = ledger.cost
+            walk.back()
+        cost = walk.move()
         worse = _difference(cost, current, problem.reference)
         if worse <= 0 or rng.random() < math.exp(-alpha * 100 * worse):
-            current, decisions = cost, problem.decisions
+            current = cost
+            walk.keep()
+        else:
+            walk.drop()
     return False
 
 

@@ -24,7 +24,7 @@ from sweeps.finals import Final
 from sweeps.promote import promote
 from sweeps.report import importances, write_report
 from sweeps.space import DEFAULT, WINNER
-from sweeps.tables import counts, points
+from sweeps.tables import best_table, counts, points
 from tests.sweeps.toys import Train, run_toy, space
 
 TWO = [{"metric": "val/acc", "direction": "higher"}, {"metric": "cost/multiplications", "direction": "lower"}]
@@ -131,6 +131,21 @@ def test_importance_finds_what_matters(tmp_path: Path) -> None:
     for method, shares in importances(studies[""], made).items():
         assert sum(shares.values()) == pytest.approx(1.0, abs=1e-3), method
         assert shares["rate"] > shares["width"], method
+
+
+def test_the_best_settings_are_told_once_however_often_they_were_drawn(tmp_path: Path) -> None:
+    few = {
+        "rate": {"path": "optim.optimizer.lr", "choices": [0.01, 0.1]},
+        "width": {"path": "net.width", "choices": [4, 8]},
+    }
+    made = space(parameters=few, sampler={"name": "random", "seed": 1})
+    studies, _ = _finished(made, tmp_path, 12)
+    rows = [[cell.text for cell in row] for row in best_table(made, studies[""]).rows]
+    settings = [tuple(row[1:3]) for row in rows]
+    assert len(settings) == len(set(settings)) <= 4 < counts(studies[""])["complete"]
+    firsts = {t.number: tuple(t.params.values()) for t in reversed(studies[""].trials)}
+    for row in rows:
+        assert all(firsts[n] != firsts[int(row[0])] for n in range(int(row[0]))), "a later trial than the first"
 
 
 @pytest.mark.parametrize("order", [["width", "rate"], ["rate", "width"]])

@@ -59,38 +59,89 @@ def price_ops(
 
 
 @kernel
-def set_places(tensors, wanted, place, consumer_ptr, consumers, mark, stamp, log, old, dirty):
-    """Place tensors, note what was there, and list the operations that touch them: (tensors changed, operations)."""
-    changed, count = 0, 0
-    for i in range(len(tensors)):
-        tensor = tensors[i]
-        if place[tensor] != wanted[i]:
-            log[changed], old[changed] = tensor, place[tensor]
-            changed += 1
-            place[tensor] = wanted[i]
-            for j in range(consumer_ptr[tensor], consumer_ptr[tensor + 1]):
-                if mark[consumers[j]] != stamp:
-                    mark[consumers[j]] = stamp
-                    dirty[count] = consumers[j]
-                    count += 1
-    return changed, count
+def price_known(
+    ops,
+    place,
+    known,
+    whose,
+    seconds,
+    operand_ptr,
+    operands,
+    inputs,
+    table_of,
+    row_ptr,
+    row_seconds,
+    code_ptr,
+    codes,
+    moves,
+    cost,
+):
+    """Write seconds of the listed operations, which depend on the table of rules and the operands' places alone.
+
+    `known`, `whose` and `seconds` remember what was worked out: packed places, table (-1: free) and seconds. Places take 4 bits
+    each; operations of more than 16 operands, or more than 14 dims, are not remembered.
+    """
+    size = len(known)
+    for op in ops:
+        first, last, table = operand_ptr[op], operand_ptr[op + 1], table_of[op]
+        packed, fits = np.int64(0), last - first <= 16
+        for i in range(first, last):
+            split = place[operands[i]] if operands[i] >= 0 else -2
+            packed = (packed << 4) | (split + 2)
+            fits = fits and split < 14
+        mixed = (packed ^ (packed >> 29)) * 0x9E3779B1 + table * 0x85EBCA6B
+        at = ((mixed >> 15) ^ mixed) & (size - 1)
+        for _ in range(8):
+            if whose[at] < 0 or (whose[at] == table and known[at] == packed):
+                break
+            at = (at + 1) & (size - 1)
+        if fits and whose[at] == table and known[at] == packed:
+            cost[op] = seconds[at]
+            continue
+        cost[op], _ = best_row(
+            op, place, operand_ptr, operands, inputs, table_of, row_ptr, row_seconds, code_ptr, codes, moves
+        )
+        if fits:  # in place of the last one looked at, where all are taken
+            known[at], whose[at], seconds[at] = packed, table, cost[op]
 
 
 @kernel
-def winners(slots, values_ptr, writer_ptr, writer_slot, writer_split, active, base, tensors, wanted):
-    """For each tensor that the slots write: the placement of its first active writer, else where it lay before."""
-    count = 0
+def follow(slots, writes, active, base, place, touch_ptr, touching, seen, mark, stamp, log, old, dirty, kept, cost):
+    """Place what these slots write, and list the operations that touch what has changed.
+
+    A tensor lies as its first active writer has it, or as in `base` where there is none.
+
+    Args:
+        writes: starts and tensors of each slot; starts, slots and placements of each tensor's writers.
+        seen, mark, stamp: tensors and operations met now bear the stamp.
+        log, old, dirty, kept: written: tensors with their places before, operations with their seconds before.
+    Returns:
+        How many tensors and how many operations.
+    """
+    write_ptr, tensors, writer_ptr, writer_slot, writer_split = writes
+    changed, count = 0, 0
     for slot in slots:
-        for i in range(values_ptr[slot], values_ptr[slot + 1]):
+        for i in range(write_ptr[slot], write_ptr[slot + 1]):
             tensor = tensors[i]
-            split = base[tensor]
+            if seen[tensor] == stamp:
+                continue
+            seen[tensor], split = stamp, base[tensor]
             for j in range(writer_ptr[tensor], writer_ptr[tensor + 1]):
                 if active[writer_slot[j]]:
                     split = writer_split[j]
                     break
-            wanted[count] = split
-            count += 1
-    return count
+            if place[tensor] == split:
+                continue
+            log[changed], old[changed] = tensor, place[tensor]
+            changed += 1
+            place[tensor] = split
+            for j in range(touch_ptr[tensor], touch_ptr[tensor + 1]):
+                op = touching[j]
+                if mark[op] != stamp:
+                    mark[op] = stamp
+                    dirty[count], kept[count] = op, cost[op]
+                    count += 1
+    return changed, count
 
 
 @kernel
@@ -124,6 +175,17 @@ def finish(cost, backward, maker, sync, overlap):
             i += 1
     exposed = max(busy - forward_s - backward_s, 0.0)
     return forward_s, backward_s, total, exposed if overlap else total
+
+
+@kernel
+def parts(place, cost, backward, maker, gradient, variable, sums, across, size, devices, overlap):
+    """Forward seconds, backward seconds, seconds of gradient sums that nothing hides, bytes of variables on one device."""
+    sync = sync_seconds(place, gradient, variable, sums, across)
+    forward_s, backward_s, _, exposed = finish(cost, backward, maker, sync, overlap)
+    held = 0.0
+    for tensor in variable:
+        held += size[tensor] / (devices if place[tensor] >= 0 else 1)
+    return forward_s, backward_s, exposed, held
 
 
 @kernel

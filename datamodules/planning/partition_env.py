@@ -6,10 +6,11 @@ Legend: N slots, V variables, F features.
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from datamodules.planning import _partition_numba
 from datamodules.planning.slot_table import (
     OPEN,
     PARTITIONED,
@@ -17,11 +18,11 @@ from datamodules.planning.slot_table import (
     Assignments,
     Pruning,
     SlotTable,
-    closed,
     largest_first,
     natural_order,
-    opponents,
 )
+
+kernels: Any = _partition_numba  # numba's dispatchers have no static signature
 
 __all__ = ["OPEN", "PARTITIONED", "REPLICATED", "Assignments", "PartitionProblem", "Pricer", "Pruning", "SlotTable"]
 
@@ -85,49 +86,69 @@ class PartitionProblem:
         self.order = largest_first(table) if self.pruning.ordering else natural_order(table)
         self.horizon = len(table.names)
         self.width = 2 * self.horizon + EXTRAS
-        self._weight_V, self._bytes = table.weight_V, sum(table.bytes_V)
-        self.variables = sum(self._weight_V)
+        self._bytes = sum(table.bytes_V)
+        self.variables = sum(table.weight_V)
         self.scale = float(max(1, self.variables)) if objective == "count" else None
-        self._groups = closed(table)
-        self._opponents = opponents(self._groups, self.horizon)
-        self._place = {slot: place for place, slot in enumerate(self.order)}
+        self._order_N = np.array(self.order, dtype=np.int64)
+        self._begun = self._begin()
+        self._state = tuple(array.copy() for array in self._begun)
+        self._tables = (*self._state, *table.arrays)
         self._priced = 0  # slots that the pricer has set
         self.reset()
         self.reference = self.cost() if reference is None else reference
 
     # what has been decided -----------------------------------------------------------------------------------------
 
+    def _begin(self) -> tuple[np.ndarray, ...]:
+        """The state before any decision; see `_partition_numba`."""
+        n = self.horizon
+        state = (
+            np.full(n, OPEN, dtype=np.int8),
+            np.array([group is None for group in self.table.groups], dtype=np.int32),
+            np.zeros(len(self.table.bytes_V), dtype=np.int32),
+            np.zeros(n, dtype=np.int64),
+            np.zeros(kernels.TOTALS, dtype=np.int64),
+        )
+        kernels.begin(self._order_N, self.pruning.linkage, self.pruning.mask, (*state, *self.table.arrays))
+        return state
+
     def reset(self) -> None:
         """Forget every decision."""
         if self.pricer is not None:
             for _ in range(self._priced):
                 self.pricer.undo()
+        for array, begun in zip(self._state, self._begun, strict=True):
+            array[:] = begun
+        self._taken: list[tuple[int, int, int, int]] = []  # (action, pointer, slots assigned, slots priced) before
+        self._own_N = np.full(self.horizon, OPEN, dtype=np.int8)  # what was decided, without what followed
         self._priced = 0
-        self._value: list[int] = [OPEN] * self.horizon
-        self._blocked = [0] * (2 * self.horizon)
-        for pair, group in enumerate(self._groups):
-            if group is None:
-                self._blocked[pair] = 1
-        self._frames: list[list[int]] = []
-        self._taken: list[tuple[int, int, int]] = []  # (slot, action, where the pointer stood)
-        self._pointer, self._broken = 0, False
-        self._count, self._bytes_split = 0, 0
-        self._hopes = [0] * len(self.table.bytes_V)  # slots of each variable that may still be partitioned
-        self._hopeful, self._hopeful_bytes = 0, 0  # of the variables that have one
-        for slot in range(self.horizon):
-            if not self._blocked[2 * slot + 1]:
-                self._hope(slot, 1)
-        self._forced = [self._settle()]  # frames that followed without a step, after each decision
+        self._read()
+        self._note(0)
+
+    def _read(self) -> None:
+        """Take over what the compiled state counts."""
+        totals = self._state[-1].tolist()
+        self._pointer, self._broken, self._assigned, self._count, self._bytes_split = totals[:5]
+        self._hopeful, self._hopeful_bytes, self._new, self._new_bytes = totals[5:]
+
+    def _note(self, first: int) -> None:
+        """Tell the pricer of the slots partitioned since `first` were assigned."""
+        if self.pricer is None or first == self._assigned:
+            return
+        slots = self._state[3][first : self._assigned]
+        for slot in slots[self._state[0][slots] == PARTITIONED].tolist():
+            self.pricer.set(slot, PARTITIONED)
+            self._priced += 1
 
     @property
     def done(self) -> bool:
         """Whether every slot is decided or a rule is broken."""
-        return self._broken or self._pointer >= self.horizon
+        return bool(self._broken) or self._pointer >= self.horizon
 
     @property
     def decisions(self) -> tuple[int, ...]:
         """The actions taken so far, those without a choice left out."""
-        return tuple(action for _, action, _ in self._taken)
+        return tuple(action for action, *_ in self._taken)
 
     @property
     def slot(self) -> int:
@@ -137,12 +158,12 @@ class PartitionProblem:
     @property
     def broken(self) -> bool:
         """Whether the last action broke a rule."""
-        return self._broken
+        return bool(self._broken)
 
     def consistent(self) -> np.ndarray:
         """Return which actions keep every rule (2,), bool, whatever the mask is."""
-        slot = self.slot
-        return np.array([not self._blocked[2 * slot], not self._blocked[2 * slot + 1]])
+        pair = 2 * self.slot
+        return self._state[1][pair : pair + 2] == 0
 
     def allowed(self) -> np.ndarray:
         """Return which actions may be taken (2,), bool: all of them where the mask is off."""
@@ -152,100 +173,27 @@ class PartitionProblem:
         """Decide the slot; False where that contradicts an earlier decision."""
         if self.done:
             raise ValueError(f"{self.name}: the plan is finished")
-        slot, pointer = self.slot, self._pointer
-        self._taken.append((slot, action, pointer))
-        if self._blocked[2 * slot + action]:
-            self._broken = True
-            self._frames.append([])
-            self._forced.append(0)
-            return False
-        self._apply(slot, action)
-        self._pointer += 1
-        self._forced.append(self._settle())
+        assigned = self._assigned
+        self._taken.append((action, self._pointer, assigned, self._priced))
+        self._own_N[self.slot] = action
+        pruning = self.pruning
+        kernels.decide(action, self._order_N, pruning.linkage, pruning.mask, self._tables)
+        self._read()
+        self._note(assigned)
         return not self._broken
 
     def undo(self) -> None:
         """Take the last decision back, and all that followed from it."""
         if not self._taken:
             raise ValueError(f"{self.name}: there is no decision to take back")
-        self._broken = False
-        for _ in range(self._forced.pop() + 1):
-            self._retract(self._frames.pop())
-        _, _, self._pointer = self._taken.pop()
-
-    def _settle(self) -> int:
-        """Move to the next slot with a choice; decide on the way those that have none. Returns how many frames that took."""
-        frames = 0
-        if not self.pruning.linkage:
-            return 0
-        while self._pointer < self.horizon:
-            slot = self.order[self._pointer]
-            if self._value[slot] == OPEN:
-                free = [action for action in (0, 1) if not self._blocked[2 * slot + action]]
-                if len(free) == 2 or (free and not self.pruning.mask):
-                    break
-                if not free:
-                    self._broken = True
-                    break
-                self._apply(slot, free[0])
-                frames += 1
-            self._pointer += 1
-        return frames
-
-    def _apply(self, slot: int, action: int) -> None:
-        group = self._groups[2 * slot + action]
-        assert group is not None
-        frame = []
-        for other, value in group:
-            if self._value[other] == OPEN:
-                self._assign(other, value)
-                frame.append(other)
-        self._frames.append(frame)
-
-    def _hope(self, slot: int, change: int) -> None:
-        """Count a slot that may be partitioned in (1) or out (-1)."""
-        variable, before = self.table.variable[slot], self._hopes[self.table.variable[slot]]
-        self._hopes[variable] = before + change
-        if (before == 0) != (before + change == 0):
-            self._hopeful += change * self._weight_V[variable]
-            self._hopeful_bytes += change * self.table.bytes_V[variable]
-
-    def _assign(self, slot: int, value: int) -> None:
-        blocked, values = self._blocked, self._value
-        if not blocked[2 * slot + 1]:
-            self._hope(slot, -1)
-        values[slot] = value
-        for pair in self._opponents[2 * slot + value]:
-            if pair & 1 and not blocked[pair] and values[pair >> 1] == OPEN:
-                self._hope(pair >> 1, -1)
-            blocked[pair] += 1
-        if value == PARTITIONED:
-            self._note(slot, 1)
-
-    def _note(self, slot: int, change: int) -> None:
-        variable = self.table.variable[slot]
-        self._count += change * self._weight_V[variable]
-        self._bytes_split += change * self.table.bytes_V[variable]
+        _, pointer, assigned, priced = self._taken.pop()
         if self.pricer is not None:
-            self._priced += change
-            if change > 0:
-                self.pricer.set(slot, PARTITIONED)
-            else:
+            for _ in range(self._priced - priced):
                 self.pricer.undo()
-
-    def _retract(self, frame: list[int]) -> None:
-        blocked, values = self._blocked, self._value
-        for slot in reversed(frame):
-            value = values[slot]
-            if value == PARTITIONED:
-                self._note(slot, -1)
-            for pair in self._opponents[2 * slot + value]:
-                blocked[pair] -= 1
-                if pair & 1 and not blocked[pair] and values[pair >> 1] == OPEN:
-                    self._hope(pair >> 1, 1)
-            values[slot] = OPEN
-            if not blocked[2 * slot + 1]:
-                self._hope(slot, 1)
+        self._priced = priced
+        kernels.retract(assigned, pointer, self._order_N, self._tables)
+        self._read()
+        self._own_N[self.slot] = OPEN
 
     # what it is worth ----------------------------------------------------------------------------------------------
 
@@ -274,33 +222,28 @@ class PartitionProblem:
 
     def features(self) -> np.ndarray:
         """Return the slots' values (N), the pointer (N), and what the current slot would bring (6), float32."""
-        n = self.horizon
+        n, table = self.horizon, self.table
         found = np.zeros(self.width, dtype=np.float32)
-        if self.pruning.linkage:
-            found[:n] = self._value
-        else:  # without groups only what was decided is known
-            found[:n] = OPEN
-            for slot, action, _ in self._taken:
-                found[slot] = action
+        found[:n] = self._state[0] if self.pruning.linkage else self._own_N  # without groups nothing follows
         found[2 * n + 4] = self.progress()
         if self.done:
             return found
-        slot, tail = self.slot, found[2 * n :]
+        slot, size = self.slot, max(1, self._bytes)
         found[n + slot] = 1.0
-        tail[0] = self._pointer / n
+        found[2 * n] = self._pointer / n
         if self.pruning.linkage:
-            new = [other for other, value in self._groups[2 * slot + 1] or () if value == PARTITIONED]
-            new = [other for other in new if self._value[other] == OPEN]
-            tail[1] = len(new) / max(1, self.variables)
-            tail[2] = sum(self.table.bytes_V[self.table.variable[s]] for s in new) / max(1, self._bytes)
-        tail[3] = self.table.bytes_V[self.table.variable[slot]] / max(1, self._bytes)
-        tail[5] = 0.0 if self.pruning.mask and self._blocked[2 * slot + 1] else 1.0
+            found[2 * n + 1] = self._new / max(1, self.variables)
+            found[2 * n + 2] = self._new_bytes / size
+        found[2 * n + 3] = table.bytes_V[table.variable[slot]] / size
+        found[2 * n + 5] = not (self.pruning.mask and self._state[1][2 * slot + 1])
         return found
 
     def values(self) -> tuple[int, ...]:
         """Return each slot's value, OPEN where it is not decided."""
-        return tuple(self._value)
+        return tuple(self._state[0].tolist())
 
     def plan(self) -> dict[str, int]:
         """Return {slot's name: 1} of what is partitioned, in the model's order."""
-        return {name: value for name, value in zip(self.table.names, self._value, strict=True) if value == PARTITIONED}
+        return {
+            name: value for name, value in zip(self.table.names, self.values(), strict=True) if value == PARTITIONED
+        }

@@ -5,6 +5,7 @@ Legend: K buckets, S stages, D devices, F features.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Sequence
@@ -124,17 +125,22 @@ class PipelineProblem:
         self.name = f"{buckets.name}, {stages} stages"
         self.buckets, self.model, self.stages, self.devices = buckets, model, stages, devices
         self.window, self.arrays = window or Window(), arrays
-        self._time_K1 = np.concatenate([[0.0], np.cumsum(buckets.seconds_K)])
-        self._total = float(self._time_K1[-1])
+        self._time_K1: list[float] = [0.0, *np.cumsum(buckets.seconds_K).tolist()]
+        self._total = self._time_K1[-1]
+        self._crossing_K: list[float] = buckets.activation_K.tolist()
+        self._weights = float(buckets.parameters_K.sum())
         boundaries = (
             [n * per_server for n in range(1, stages)] if per_server and per_server * stages == devices else None
         )
         self._centres = boundaries or [round(devices * n / stages) for n in range(1, stages)]
+        self._matched: dict[int, int] = {}
         self.horizon = 2 * (stages - 1)
         self.actions = max(self._choices(True), self._choices(False), 1)
         self.width = 3 * stages + self.horizon + 2 * self.actions + 1 + (3 * len(buckets) if arrays else 0)
         self._arrays = self._shown_arrays() if arrays else np.zeros(0, dtype=np.float32)
         self._prices: dict[tuple[int, ...], float] = {}
+        self._shares: dict[tuple[int, int], float] = {}
+        self._fitting: dict[tuple[int, int, int, int], bool] = {}
         self.reset()
         self.reference = self._even_cost()
 
@@ -177,7 +183,7 @@ class PipelineProblem:
     def _place_of(self, action: int) -> int:
         """The device or bucket that an action names."""
         radius = self.window.device_radius if self._on_devices else self.window.cut_radius
-        return action + 1 if radius is None else self._centre() - radius + action
+        return action + (1 if radius is None else self._centre() - radius)
 
     @property
     def _on_devices(self) -> bool:
@@ -186,16 +192,16 @@ class PipelineProblem:
     def _centre(self) -> int:
         if self._on_devices:
             return self._centres[len(self._taken)]
-        return self._matching(self.device_cuts[len(self._taken) - (self.stages - 1)])
+        return self._matching(self._places[len(self._taken) - (self.stages - 1)])
 
     def _matching(self, device: int) -> int:
         """The bucket before which as much of the time has passed as `device` is of all devices."""
-        target = self._total * device / self.devices
-        after = int(np.searchsorted(self._time_K1, target))
-        nearer = (
-            after > 0 and target - self._time_K1[after - 1] <= self._time_K1[min(after, len(self.buckets))] - target
-        )
-        return min(max(1, after - 1 if nearer else after), len(self.buckets) - 1)
+        if device not in self._matched:
+            target, time_K1, last = self._total * device / self.devices, self._time_K1, len(self.buckets)
+            after = bisect.bisect_left(time_K1, target)
+            nearer = after > 0 and target - time_K1[after - 1] <= time_K1[min(after, last)] - target
+            self._matched[device] = min(max(1, after - 1 if nearer else after), last - 1)
+        return self._matched[device]
 
     def _bounds(self) -> tuple[int, int]:
         """The least and largest place that leaves something for every later stage."""
@@ -205,27 +211,31 @@ class PipelineProblem:
 
     def allowed(self) -> np.ndarray:
         """Return which actions leave something for each stage and fit into memory (K,), bool."""
-        found = np.zeros(self.actions, dtype=bool)
         low, high = self._bounds()
-        choices = self._choices(self._on_devices)
-        places = [self._place_of(action) for action in range(choices)]
-        found[:choices] = [low <= place <= high for place in places]
-        if not found.any():  # an earlier cut has moved past this window: the nearest place that is left
-            found[int(np.argmin([abs(place - low) for place in places]))] = True
+        first, choices = self._place_of(0), self._choices(self._on_devices)
+        found = [low <= place <= high for place in range(first, first + choices)]
+        if not any(found):  # an earlier cut has moved past this window: the nearest place that is left
+            found[min(range(choices), key=lambda action: abs(first + action - low))] = True
         if self.window.memory and not self._on_devices:
-            fitting = [ok and self._stage_fits(places[action]) for action, ok in enumerate(found[:choices])]
-            if any(fitting):
-                found[:choices] = fitting
-        return found
+            fitting = [ok and self._stage_fits(first + action) for action, ok in enumerate(found)]
+            found = fitting if any(fitting) else found
+        return np.array(found + [False] * (self.actions - choices))
 
     def _stage_fits(self, place: int) -> bool:
-        stage = len(self.cuts)
-        first = self.cuts[-1] if stage else 0
+        cuts = self.cuts
+        stage, first = len(cuts), cuts[-1] if cuts else 0
         ends = (0, *self.device_cuts, self.devices)
-        fits = place > first and self.model.fits(stage, first, place, ends[stage + 1] - ends[stage])
+        fits = place > first and self._fits(stage, first, place, ends[stage + 1] - ends[stage])
         if fits and stage == self.stages - 2:  # the rest is the last stage
-            fits = self.model.fits(stage + 1, place, len(self.buckets), self.devices - ends[stage + 1])
+            fits = self._fits(stage + 1, place, len(self.buckets), self.devices - ends[stage + 1])
         return fits
+
+    def _fits(self, stage: int, first: int, last: int, devices: int) -> bool:
+        """What the model says of a stage, asked once."""
+        key = stage, first, last, devices
+        if key not in self._fitting:
+            self._fitting[key] = self.model.fits(*key)
+        return self._fitting[key]
 
     def step(self, action: int) -> bool:
         """Make a cut; a place out of reach is moved to the nearest that leaves something for each stage."""
@@ -278,34 +288,39 @@ class PipelineProblem:
         """Return the stages' bars (S), devices (S) and parameters (S), the pointer, for each action its distance from the
         target and the bytes it cuts, the target, and the arrays where they are shown; float32.
         """
-        s, found = self.stages, np.zeros(self.width, dtype=np.float32)
+        s, found = self.stages, [0.0] * (self.width - len(self._arrays))
         rows, ends = (0, *self.cuts, len(self.buckets)), (0, *self.device_cuts, self.devices)
         for n, (a, b) in enumerate(itertools.pairwise(rows)):
             place = n if n < len(rows) - 2 else s - 1  # the remainder is the last bar
             found[place] = (self._time_K1[b] - self._time_K1[a]) / self._total
-            found[2 * s + place] = self.buckets.parameters_K[a:b].sum() / max(1.0, self.buckets.parameters_K.sum())
+            found[2 * s + place] = self._share(a, b)
         for n, (a, b) in enumerate(itertools.pairwise(ends)):
             found[s + (n if n < len(ends) - 2 else s - 1)] = (b - a) / self.devices
         if not self.done:
             found[3 * s + len(self._taken)] = 1.0
-            self._describe_actions(found[3 * s + self.horizon :])
-        if self.arrays:
-            found[self.width - len(self._arrays) :] = self._arrays
-        return found
+            self._describe_actions(found, 3 * s + self.horizon)
+        shown = np.array(found, dtype=np.float32)
+        return np.concatenate([shown, self._arrays]) if self.arrays else shown
 
-    def _describe_actions(self, tail: np.ndarray) -> None:
+    def _share(self, first: int, last: int) -> float:
+        """The share of the weights in buckets `first` to `last` - 1."""
+        if (first, last) not in self._shares:
+            weights = float(self.buckets.parameters_K[first:last].sum())
+            self._shares[first, last] = weights / max(1.0, self._weights)
+        return self._shares[first, last]
+
+    def _describe_actions(self, found: list[float], start: int) -> None:
+        """Write what each action would do from `start` on: distances (K), bytes (K), and the centre."""
         k = self.actions
-        tail[2 * k] = self._centre() / (self.devices if self._on_devices else len(self.buckets))
+        found[start + 2 * k] = self._centre() / (self.devices if self._on_devices else len(self.buckets))
         if self._on_devices:
             return
         target = self._total * self.device_cuts[len(self.cuts)] / self.devices
-        largest = max(1.0, float(self.buckets.activation_K.max()))
-        low, high = self._bounds()
-        for action in range(self._choices(False)):
-            place = self._place_of(action)
-            if low <= place <= high:
-                tail[action] = (self._time_K1[place] - target) / self._total
-                tail[k + action] = self.buckets.activation_K[place - 1] / largest
+        largest = max(1.0, max(self._crossing_K))
+        (low, high), first = self._bounds(), self._place_of(0)
+        for place in range(max(low, first), min(high + 1, first + self._choices(False))):
+            found[start + place - first] = (self._time_K1[place] - target) / self._total
+            found[start + k + place - first] = self._crossing_K[place - 1] / largest
 
     def _shown_arrays(self) -> np.ndarray:
         rows = (self.buckets.seconds_K, self.buckets.activation_K, self.buckets.parameters_K)
@@ -328,9 +343,10 @@ def random_buckets(rng: np.random.Generator, count: int = 128) -> Buckets:
     seconds, activation, parameters = (np.empty(count) for _ in range(3))
     base, drift = rng.uniform(0.5, 2.0), rng.uniform(-0.7, 0.7)
     for a, b in itertools.pairwise(edges):
-        level = base * math.exp(drift * a / count) * math.exp(rng.normal(0.0, 0.3))
-        seconds[a:b] = level * np.exp(rng.normal(0.0, 0.2, b - a))
-        activation[a:b] = math.exp(rng.normal(0.0, 0.5)) * np.exp(rng.normal(0.0, 0.5, b - a))
+        own, other = rng.standard_normal((2, 1 + b - a))  # of the layer, and of its buckets
+        level = base * math.exp(drift * a / count) * math.exp(0.3 * own[0])
+        seconds[a:b] = level * np.exp(0.2 * own[1:])
+        activation[a:b] = math.exp(0.5 * other[0]) * np.exp(0.5 * other[1:])
         activation[b - 1] *= rng.uniform(0.2, 1.0)  # between layers less crosses than inside
         parameters[a:b] = math.exp(rng.normal(0.0, 0.7)) * rng.uniform(0.0, 2.0, b - a)
     for end in (0, count - 1):  # an embedding or a head

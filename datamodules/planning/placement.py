@@ -176,15 +176,9 @@ def spread(graph: Graph, devices: int, tensor: int, split: int) -> Spread:
     Tensors that propagation replicates are left out: they stay as the batch has them. Where the decision contradicts itself
     the variable alone is split, with its gradient.
     """
-    from datamodules.planning.linkage import propagate
+    from datamodules.planning.waves import waves_of
 
-    gradients = {p.tensor: p.gradient for p in graph.parameters}
-    found = propagate(graph, devices, {tensor: split})
-    if not isinstance(found, Mapping):
-        own = gradients.get(tensor)
-        return ((tensor, split), *(() if own is None else ((own, split),)))
-    rest = sorted((t, s) for t, s in found.items() if s >= 0 and t != tensor)
-    return ((tensor, split), *rest)
+    return waves_of(graph, devices).spread(tensor, split)
 
 
 def settle(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from datamodules.planning.rules import REPLICATED, RuleTable, Space, names_of, w
 
 NO_OP = -1
 Domains = np.ndarray  # (T,) uint32, bit split + 1
+NO_DOMAINS, NO_LOG = np.zeros(0, dtype=np.uint32), np.zeros((0, 3), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,22 @@ class Propagator:
         )
 
     def _close(self, domains: Domains, ops: Iterable[int]) -> int:
-        from datamodules.planning._propagate_numba import close
+        failed, _ = self.close(domains, np.fromiter(ops, dtype=np.int32), NO_LOG, NO_DOMAINS)
+        return failed
+
+    def close(self, domains: Domains, ops: np.ndarray, log: np.ndarray, known: Domains) -> tuple[int, int]:
+        """Propagate in place from these operations; see `_propagate_numba.close`."""
+        from datamodules.planning import _propagate_numba
 
         self._queued[:] = False
-        first = np.fromiter(ops, dtype=np.int32)
-        self._queue[: first.size] = first
-        self._queued[first] = True
-        return int(close(domains, self._queue, self._queued, first.size, *self._arrays))
+        self._queue[: ops.size] = ops
+        self._queued[ops] = True
+        kernels: Any = _propagate_numba  # numba's dispatchers have no static signature
+        return kernels.close(domains, self._queue, self._queued, ops.size, self._arrays, log, known)
+
+    def users(self, tensor: int) -> np.ndarray:
+        """Return the operations and ties that a tensor takes part in."""
+        return self._users[self._user_starts[tensor] : self._user_starts[tensor + 1]]
 
     def restrict(self, domains: Domains, seeds: Mapping[int, int]) -> Domains | Conflict:
         """Narrow some domains and propagate.
@@ -143,7 +154,7 @@ class Propagator:
                 touched.append(tensor)
         if not touched:
             return after
-        parts = [self._users[self._user_starts[t] : self._user_starts[t + 1]] for t in touched]
+        parts = [self.users(t) for t in touched]
         failed = self._close(after, np.unique(np.concatenate(parts)) if len(parts) > 1 else parts[0])
         return after if failed < 0 else self._explain(failed, after)
 
@@ -166,7 +177,7 @@ class Propagator:
         """Which operation cannot have a placement, whatever else is decided; None if it depends."""
         alone = self._open.copy()
         alone[tensor] &= bits
-        failed = self._close(alone, self._users[self._user_starts[tensor] : self._user_starts[tensor + 1]])
+        failed = self._close(alone, self.users(tensor))
         return self._explain(failed, alone) if failed >= 0 else None
 
     def _explain(self, failed: int, domains: Domains) -> Conflict:

@@ -5,8 +5,11 @@ Legend: N slots, V variables.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 OPEN, REPLICATED, PARTITIONED = -1, 0, 1  # the paper's three values of a slot
 
@@ -75,6 +78,27 @@ class SlotTable:
         """How many variables each one counts for."""
         return self.copies_V or (1,) * len(self.bytes_V)
 
+    @cached_property
+    def groups(self) -> list[Assignments | None]:
+        """What each decision (2 * slot + action) assigns, itself included; see `closed`."""
+        return closed(self)
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """The table as compiled loops read it: variable of each slot, weight and bytes of each variable, and in rows the groups
+        (starts, slots, values) and the opponents (starts, decisions).
+        """
+        groups, rivals = [group or () for group in self.groups], opponents(self.groups, len(self.names))
+        given = (self.variable, self.weight_V, self.bytes_V)
+        members = [[slot for slot, _ in group] for group in groups]
+        values = [value for group in groups for _, value in group]
+        return (
+            *(np.array(row, dtype=np.int64) for row in given),
+            *in_rows(members),
+            np.array(values, dtype=np.int8),
+            *in_rows(rivals),
+        )
+
 
 def natural_order(table: SlotTable) -> tuple[int, ...]:
     """Return the slots as they stand in the model."""
@@ -121,3 +145,10 @@ def opponents(groups: Sequence[Assignments | None], slots: int) -> list[list[int
         for slot, value in group or ():
             found[2 * slot + 1 - value].append(pair)
     return found
+
+
+def in_rows(lists: Iterable[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of numbers one after another: where each starts, with the end, and the numbers, int64."""
+    lists = list(lists)
+    starts = np.concatenate([[0], np.cumsum([len(row) for row in lists])]).astype(np.int64)
+    return starts, np.array([number for row in lists for number in row], dtype=np.int64)

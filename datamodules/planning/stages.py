@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -210,10 +210,21 @@ class Pipeline:
         return {
             "forward": [self._between("forward_K", *span) / n for span, n in zip(spans, share, strict=True)],
             "backward": [self._between("backward_K", *span) / n for span, n in zip(spans, share, strict=True)],
-            "ahead": [transfer(b, self.topology, x, y) for b, (x, y) in zip(hop_bytes, pairs, strict=True)],
-            "back": [transfer(b, self.topology, y, x) for b, (x, y) in zip(hop_bytes, pairs, strict=True)],
-            "tails": [self.tail(*span, group) for span, group in zip(spans, groups, strict=True)],
+            "ahead": [self._known("hop", b, x, y) for b, (x, y) in zip(hop_bytes, pairs, strict=True)],
+            "back": [self._known("hop", b, y, x) for b, (x, y) in zip(hop_bytes, pairs, strict=True)],
+            "tails": [self._known("tail", *span, group) for span, group in zip(spans, groups, strict=True)],
         }
+
+    def _known(self, what: Literal["hop", "tail"], *given: Any) -> float:
+        """Seconds of a hop (bytes, senders, receivers) or a tail (layers, devices), worked out once: plans share them."""
+        if (what, *given) not in self._seconds:
+            found = self.tail(*given) if what == "tail" else transfer(given[0], self.topology, *given[1:])
+            self._seconds[what, *given] = found
+        return self._seconds[what, *given]
+
+    @cached_property
+    def _seconds(self) -> dict[tuple[Any, ...], float]:
+        return {}
 
     def tail(self, first: int, last: int, devices: Sequence[int]) -> float:
         """Gradient sum and Adam's step of layers `first` to `last` - 1."""

@@ -18,6 +18,7 @@ from datamodules.planning.graph import Graph, Op
 from datamodules.planning.placement import REPLICATED, Placed, RowsOf, full_rows, signature_of
 from datamodules.planning.plan import StagePlan
 from datamodules.planning.roofline import op_seconds
+from datamodules.planning.slot_table import in_rows
 from datamodules.planning.topology import Topology
 from datamodules.planning.vocabulary import VIEWS
 
@@ -87,12 +88,11 @@ class Tables:
     def touching(self) -> tuple[np.ndarray, np.ndarray]:
         """For each tensor the positions of the operations that read or make it: starts (T + 1,), positions."""
         found: list[list[int]] = [[] for _ in self.graph.tensors]
-        for position in range(len(self.ops)):
-            part = self.operands[self.operand_ptr[position] : self.operand_ptr[position + 1]]
-            for tensor in set(part.tolist()) - {-1}:
+        for position, i in enumerate(self.ops):
+            op = self.graph.ops[i]
+            for tensor in {*op.inputs, *op.outputs}:
                 found[tensor].append(position)
-        starts = np.concatenate([[0], np.cumsum([len(row) for row in found])]).astype(np.int64)
-        return starts, np.array([position for row in found for position in row], dtype=np.int64)
+        return in_rows(found)
 
     def live(self, place_T: np.ndarray) -> tuple[float, float]:
         """Peak of live activations, and what the backward pass finds, bytes on one device for one micro-batch."""
@@ -111,7 +111,7 @@ def build(
     ptr, operands, inputs_N = _operands(graph, ops)
     variables, makers = _variables(graph, ops)
     chosen = [graph.parameters[v] for v in variables]
-    tensor_V = np.array([p.tensor for p in chosen], dtype=np.int64)
+    tensor_V, here = np.array([p.tensor for p in chosen], dtype=np.int64), set(ops)
     return Tables(
         graph=graph,
         topology=topology,
@@ -131,7 +131,7 @@ def build(
         maker_V=np.array(makers, dtype=np.int64),
         sums_V4=_moves(size_T[tensor_V], inner, topology, bucketed),
         across_V2=_across(size_T[tensor_V], k, outer, topology),
-        buffers=tuple(b for b in graph.buffers if set(graph.consumers(b)) & set(ops)),
+        buffers=tuple(b for b in graph.buffers if not here.isdisjoint(graph.consumers(b))),
         size_T=size_T,
         memory=_memory(graph, ops),
     )
@@ -242,9 +242,9 @@ def _memory(graph: Graph, ops: Sequence[int]) -> tuple[np.ndarray, np.ndarray, n
             base[tensor] = root
             first.setdefault(root, position)
             last[root] = position
-    here = set(ops)
+    here, asked = set(ops), set(graph.outputs)
     for tensor, root in base.items():
-        if any(user not in here for user in graph.consumers(tensor)) or tensor in graph.outputs:
+        if any(user not in here for user in graph.consumers(tensor)) or tensor in asked:
             last[root] = len(ops) - 1 if graph.producer(tensor) in here else last[root]
     apart_roots = {base.get(tensor, tensor) for tensor in apart if tensor is not None}
     kept = {root for root in first if root not in apart_roots}

@@ -14,6 +14,7 @@ from datamodules.planning.partition_env import (
     EXTRAS,
     OPEN,
     PARTITIONED,
+    Assignments,
     PartitionProblem,
     Pruning,
     SlotTable,
@@ -113,6 +114,41 @@ def test_the_plans_that_can_be_reached_are_exactly_the_sound_ones(table: SlotTab
     walk()
     wanted = {v for v in itertools.product((0, 1), repeat=len(table.names)) if _sound(table, v)}
     assert reached == wanted
+
+
+@pytest.mark.parametrize("table", [blocks_table(2), exclusive_table(), chained_table(7)], ids=["blocks", "fc", "chain"])
+@pytest.mark.parametrize("pruning", SWITCHES, ids=str)
+def test_what_is_counted_step_by_step_is_what_the_values_say(table: SlotTable, pruning: Pruning) -> None:
+    problem, rng = PartitionProblem("t", table, pruning=pruning), np.random.default_rng(3)
+    groups = table.groups
+    for _ in range(15):
+        problem.reset()
+        while not problem.done:
+            if len(problem.decisions) and rng.random() < 0.3:
+                problem.undo()
+            if not problem.step(int(rng.integers(2))):
+                break
+            values = problem.values()
+
+            def clashes(group: Assignments | None, values: tuple[int, ...] = values) -> bool:
+                return group is None or any(values[slot] not in (OPEN, wanted) for slot, wanted in group)
+
+            blocked = [clashes(group) for group in groups]
+            split = {table.variable[slot] for slot, value in enumerate(values) if value == PARTITIONED}
+            hopeful = {
+                table.variable[slot] for slot, v in enumerate(values) if v == OPEN and not blocked[2 * slot + 1]
+            } - split
+            assert problem.progress() == len(split) / problem.variables
+            assert problem.bound() == pytest.approx(_counted(table, split | hopeful))
+            assert problem.cost() == pytest.approx(_counted(table, split))
+            if not problem.done:
+                pair = 2 * problem.slot
+                assert problem.consistent().tolist() == [not blocked[pair], not blocked[pair + 1]]
+
+
+def _counted(table: SlotTable, split: set[int]) -> float:
+    share = sum(table.bytes_V[v] for v in split) / sum(table.bytes_V)
+    return 1 + len(table.bytes_V) - len(split) + 0.5 * (1 - share)
 
 
 def test_without_a_mask_exactly_the_inconsistent_actions_end_the_plan_at_a_penalty() -> None:

@@ -241,6 +241,32 @@ def test_the_pricer_equals_the_price_after_any_sequence(data: int, batch_too: bo
     assert pricer.step_s == seen[0]
 
 
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.8, 0.99, 1.0])
+def test_a_pricer_that_is_seldom_asked_says_the_same(share: float) -> None:
+    slots = decisions(GRAPH, 8, tie=False).slots
+    whole = PartitionPricer(GRAPH, ONE, slots, 1, batch_dims(GRAPH)).memory_bytes
+    machine = replace(ONE, memory_bytes=int(share * whole), usable_memory=1.0)
+    evaluator, pricer = Evaluator(GRAPH, machine), PartitionPricer(GRAPH, machine, slots, 1, batch_dims(GRAPH))
+    rng, depth, fitted = random.Random(5), 0, set()
+    for _ in range(300):
+        if depth and rng.random() < 0.45:
+            pricer.undo()
+            depth -= 1
+        else:
+            try:
+                pricer.set(rng.randrange(len(slots)), int(rng.random() < 0.8))
+            except PlanError:
+                continue
+            depth += 1
+        if rng.random() < 0.25:
+            cost = evaluator.price(pricer.plan())
+            assert pricer.feasible == cost.feasible
+            fitted.add(cost.feasible)
+        if rng.random() < 0.25:
+            assert pricer.step_s == evaluator.price(pricer.plan()).step_s
+    assert fitted == {0.01: {False}, 1.0: {True}}.get(share, {False, True})
+
+
 def test_the_pricer_does_not_depend_on_the_order() -> None:
     slots = decisions(GRAPH, 8, tie=False).slots
     chosen = [i for i, slot in enumerate(slots) if (slot.variable, slot.dim) in {(0, 1), (1, 0), (3, 0)}]

@@ -209,6 +209,13 @@ class PipelineProblem:
         end = self.devices if self._on_devices else len(self.buckets)
         return (row[-1] if row else 0) + 1, end - (self.stages - 1 - len(row))
 
+    def default(self) -> int:
+        """Return the action of the cut that is made where none is decided: a server's boundary, an equal share of the time."""
+        cuts, devices = self.completed()
+        taken = len(self._taken)
+        place = devices[taken] if self._on_devices else cuts[taken - (self.stages - 1)]
+        return place - self._place_of(0)
+
     def allowed(self) -> np.ndarray:
         """Return which actions leave something for each stage and fit into memory (K,), bool."""
         low, high = self._bounds()

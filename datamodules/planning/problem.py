@@ -84,6 +84,16 @@ class Problem(Protocol):
         """Return the finished plan in the form of its kind."""
 
 
+def default_action(problem: Problem) -> int:
+    """Return the action that leaves the next decision as it is by default: what the problem's `default` says where it has one
+    and that is allowed, else the first allowed action.
+    """
+    actions = legal_actions(problem)
+    wish = getattr(problem, "default", None)
+    wanted = actions[0] if wish is None else wish()
+    return wanted if wanted in actions else actions[0]
+
+
 def take(problem: Problem, decisions: Sequence[int]) -> bool:
     """Start again and take these decisions; False as soon as one breaks a rule."""
     problem.reset()

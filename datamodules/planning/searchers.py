@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from datamodules.planning.problem import Problem, legal_actions
+from datamodules.planning.problem import Problem, default_action, legal_actions
 from datamodules.planning.walks import Changeable, Changes
 
 
@@ -247,13 +247,16 @@ def _neighbour(problem: Problem, ledger: Ledger, rng: np.random.Generator, decis
         wish[place] = others[int(rng.integers(len(others)))]
     for _ in range(place):  # the environment would have to walk there
         ledger.pay_step()
-    return _finish(problem, ledger, wish, lambda actions: actions[0])
+    return _finish(problem, ledger, wish, lambda _: default_action(problem))
 
 
 def _start(problem: Problem, ledger: Ledger) -> tuple[float, tuple[int, ...]]:
+    """The default plan: for a pipeline servers' boundaries and equal shares of time, else the first allowed actions."""
     problem.reset()
-    cost = _finish(problem, ledger, (), lambda actions: actions[0])
-    return cost, problem.decisions
+    while not problem.done:
+        ledger.pay_step()
+        problem.step(default_action(problem))
+    return ledger.price(problem), problem.decisions
 
 
 @dataclass

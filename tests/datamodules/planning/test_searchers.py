@@ -117,6 +117,16 @@ def test_greedy_is_caught_where_couplings_decide() -> None:
     assert max(gaps) > 1e-6
 
 
+@pytest.mark.parametrize("method", ["annealing", "mcmc"])
+@pytest.mark.parametrize("radius", [0, 2, None])
+def test_a_walk_starts_at_the_plan_that_undecided_cuts_make(method: str, radius: int | None) -> None:
+    """Boundaries and equal shares of time, which is the reference: not a corner of the window."""
+    problem = _pipeline(3, radius)
+    first = search(problem, method, Budget(evaluations=1)).trace[0]
+    assert first.cost == problem.reference
+    assert first.steps == problem.horizon
+
+
 def test_evaluations_and_seconds_are_limits_too() -> None:
     problem = _coupled()
     assert search(problem, "random", Budget(evaluations=7)).evaluations == 7

@@ -56,6 +56,7 @@ class PlanData(LightningDataModule):
         train_steps, collect, updates: decisions in an epoch, how many are taken at once, and gradient steps after those.
         val_models, test_models: held-out made-up models of "general".
         tests: workloads that the general agent is tested on.
+        prove: whether the optimum is worked out, which costs of plans are held against; tuning needs none.
     Raises:
         ValueError: sizes that do not fit each other, unknown names.
     """
@@ -84,6 +85,7 @@ class PlanData(LightningDataModule):
         val_models: int = 1,
         test_models: int | None = None,
         tests: tuple[str, ...] | list[str] = (),
+        prove: bool = True,
     ) -> None:
         super().__init__()
         if task not in get_args(Task):
@@ -102,6 +104,7 @@ class PlanData(LightningDataModule):
         self.observation, self.actions = observation, actions
         self.train_steps, self.collect, self.updates = train_steps, collect, updates
         self.val_models, self.test_models, self.tests = val_models, test_models or val_models, tuple(tests)
+        self.prove = prove
         self.input_shape = (observation or 1,)
 
     @property
@@ -172,7 +175,7 @@ class PlanData(LightningDataModule):
     def cases(self) -> dict[str, list[Case]]:
         """Held-out problems by split."""
         if self.task != "general":
-            own = [Case(self.source.problem(), self.optimum, "", self.source.say)]
+            own = [Case(self.source.problem(), self.optimum if self.prove else None, "", self.source.say)]
             return {"val": own, "test": own}
         real = []
         for name in self.tests:
@@ -194,12 +197,17 @@ class PlanData(LightningDataModule):
         """The least cost of the task's one model, in the space that pruning leaves, proven."""
         return self.source.optimum()
 
+    @property
+    def least(self) -> float | None:
+        """The optimum's cost, None where it is not worked out."""
+        return self.optimum.cost if self.prove else None
+
     def judged(self, record: Any, budget: int) -> dict[str, float]:
         """Return what a search logs of its best plan: `search/*`, `gap_at/*` and `plan/*`; nothing for made-up models."""
         if self.task == "general":
             return {}
         problem = self.source.problem()
-        found = record.metrics(problem, self.optimum.cost, budget)
+        found = record.metrics(problem, self.least, budget)
         if record.decisions and take(problem, record.decisions):
             found |= self.source.say(problem)
         return found | self.proof()
@@ -211,6 +219,8 @@ class PlanData(LightningDataModule):
 
     def proof(self) -> dict[str, float]:
         """Return how the optimum was found."""
+        if not self.prove:
+            return {}
         best = self.optimum
         return {"optimum/proven": 100.0 * best.proven, "optimum/seconds": best.seconds, "optimum/cost": best.cost}
 

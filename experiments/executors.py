@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 from experiments.cell import Cell
 from experiments.store import CellBusy, cell_lock, write_json
+from lit_modules.processes import die_with_parent
 
 SINGLE_THREADED = dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"
@@ -206,11 +207,3 @@ def _work(job: Job) -> None:
 def interrupt(*_: object) -> None:
     """Answer SIGTERM as Ctrl-C is answered."""
     raise KeyboardInterrupt("asked to stop")
-
-
-def die_with_parent() -> None:
-    """End this process when the command that started it is gone, so that no orphan holds a cell."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)

@@ -17,7 +17,8 @@ from typing import Any, TypeAlias
 from torch.multiprocessing import ProcessContext, ProcessExitedException, ProcessRaisedException, start_processes
 
 from experiments.cell import Cell
-from experiments.executors import SINGLE_THREADED, die_with_parent, interrupt
+from experiments.executors import SINGLE_THREADED, interrupt
+from lit_modules.processes import die_with_parent
 
 Body: TypeAlias = Callable[[Cell, Path, Any, tuple[str, str] | None], None]
 GRACE_S = 2.0  # for a process that is asked to end; those that wait for the failed one inside a collective cannot hear

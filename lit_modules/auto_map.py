@@ -244,7 +244,7 @@ class Record:
             self.cost, self.decisions = cost, decisions
             self.trace.append(Point(self.seconds, self.steps, self.plans, cost))
 
-    def metrics(self, problem: Problem, optimum: float, budget: int) -> dict[str, float]:
+    def metrics(self, problem: Problem, optimum: float | None, budget: int) -> dict[str, float]:
         """Return `search/*` and `gap_at/*`."""
         return anytime(problem, self.trace, optimum, self.steps, self.seconds, budget)
 

@@ -4,24 +4,32 @@ Nothing is trained. The cell starts `ranks` processes (gloo; NCCL where each has
 of plan takes the same step as one process, calibrates the machine, times all plans interleaved, calibrates again, and compares.
 It waits until it is the only such cell at work, but cannot stop others: run it alone.
 
-Logs, all under `test/exec_`; a plan's time is the median of its repeats, "predicted" is `price` on the calibrated topology:
+Logs, all under `test/exec_`; a plan's time is the median of its repeats, "predicted" is what `execution.engine.predict` says on
+the calibrated topology: the cost model's price with what torch's engines cost beside it, all from micro-benchmarks of other
+nets. "bare" is the cost model alone, held against the same measured times; the engines' terms are explained in that module:
 
 plans, workloads             how many were timed
 error                        largest relative difference to the single-process step (loss, gradients, new weights), float64
 tau, tau_low, tau_high       Kendall's tau of predicted and measured seconds over all plans, 95 % bootstrap over plans
 spearman, spearman_low, spearman_high   likewise
 tau_within, tau_within_low, tau_within_high   over pairs of plans of one workload only, which is what a search compares
+tau_bare, tau_bare_low, tau_bare_high, tau_within_bare, tau_within_bare_low, tau_within_bare_high   likewise of the bare price
+tau_within_gain, tau_within_gain_low, tau_within_gain_high   tau_within - tau_within_bare, resampled together
+tau_within_repeated          tau_within of every other repeat's median against the rest's: what the measurement itself allows
 pairs                        pairs of one workload whose predicted times differ by more than a factor 1.3
 pairs_right, pairs_right_low, pairs_right_high   percentage of these that were measured in the predicted order
-factor                       median of max(predicted / measured, measured / predicted)
+factor, factor_bare          median of max(predicted / measured, measured / predicted), and of the bare price
 gain, gain_<workload>        measured seconds of pure data parallelism / those of the plan that is predicted to be best;
                              without a workload the geometric mean
 gain_low                     the smallest of all workloads
 regret                       measured seconds of that plan / those of the plan measured to be best, geometric mean
 tp_over_dp_<workload>        measured seconds of operator partitioning / of pure data parallelism
 fit_all_reduce, fit_send, fit_compute, fit_memory   mean relative error of the calibration's fit, in percent
-latency_us, bandwidth_mb_s, gflops, memory_gb_s, launch_us   what was calibrated
-drift                        largest change of a calibration point from before to after, median over points, in percent
+fit_arithmetic, fit_packing, fit_engine   likewise, of layers' products (both terms are of one fit) and of the engine's terms
+latency_us, bandwidth_mb_s, gflops, memory_gb_s, launch_us, packing_gb_s   what was calibrated
+styled_us, moved_us, reducer_us, chunk_us   what torch's engines cost, each time
+drift                        change of a calibration point from before to after, median over points, in percent
+load_before, load_after      processes at work or waiting for a core, of the last minute; afterwards with this cell's own
 seconds                      wall-clock seconds of it all
 
 Workload names: `lit_modules.execution.workloads.WORKLOADS`.

@@ -48,7 +48,7 @@ class PlanSearch(AutoMap):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         problem = data.source.problem()
         found = search(problem, self.method, Budget(steps=self.steps), int(self.hparams["seed"]), **self.options)
-        logged = anytime(problem, found.trace, data.optimum.cost, found.steps, found.seconds, self.steps)
+        logged = anytime(problem, found.trace, data.least, found.steps, found.seconds, self.steps)
         if found.decisions and take(problem, found.decisions):
             logged |= data.source.say(problem)
         logged |= {"search/evaluations": found.evaluations, "search/proven": 100.0 * found.proven}
@@ -58,7 +58,7 @@ class PlanSearch(AutoMap):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         problem, best = data.source.problem(), data.source.programme()
         trace = [Point(best.seconds, 1, 1, best.cost)]
-        logged = anytime(problem, trace, data.optimum.cost, 1, best.seconds)
+        logged = anytime(problem, trace, data.least, 1, best.seconds)
         return logged | {"search/proven": 100.0 * best.proven} | data.proof()
 
     def _sharding(self) -> dict[str, float]:

@@ -256,7 +256,7 @@ def table(grid: Grid, trials: list[Trial]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["paper", "data", "profile", "ablation", *grid.axes, "seed", grid.metric, "chosen"])
     for t in trials:
-        score = "" if t.score is None else f"{t.score:.4f}"
+        score = "" if t.score is None else f"{t.score:.6g}"
         mark = "yes" if best.get(t.ablation) == t.combination else ""
         writer.writerow([grid.paper, grid.data, grid.profile, t.ablation, *t.combination, t.seed, score, mark])
     return text.getvalue()

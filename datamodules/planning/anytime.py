@@ -13,14 +13,19 @@ SECOND_MARKS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
 def anytime(
-    problem: Problem, trace: Sequence[Point], optimum: float, steps: int, seconds: float, budget: int | None = None
+    problem: Problem,
+    trace: Sequence[Point],
+    optimum: float | None,
+    steps: int,
+    seconds: float,
+    budget: int | None = None,
 ) -> dict[str, float]:
     """Return what a search logs. Before its first plan it stands at the reference plan, which needs no search.
 
     Args:
         problem: gives reference and scale.
         trace: every improvement, in order.
-        optimum: the least cost there is.
+        optimum: the least cost there is; None where nobody asked, and nothing is then said against it.
         steps, seconds: spent in all.
         budget: decisions that it could have taken; `steps` where it is None.
     Returns:
@@ -32,18 +37,22 @@ def anytime(
     budget = steps if budget is None else budget
     line = [Point(0.0, 0, 0, problem.reference), *(p for p in trace if p.cost < problem.reference)]
     best = line[-1].cost
-    first = next((point for point in line if reached(point.cost, optimum)), None)
     found = {
         "search/cost": best,
         "search/reference": problem.reference,
-        "search/optimum": optimum,
         "search/speedup": problem.reference / best,
+        "search/spent_steps": float(steps),
+        "search/spent_seconds": seconds,
+    }
+    if optimum is None:
+        return found
+    first = next((point for point in line if reached(point.cost, optimum)), None)
+    found |= {
+        "search/optimum": optimum,
         "search/gap": max(0.0, gap_percent(problem, best, optimum)),
         "search/reached": 100.0 if first else 0.0,
         "search/steps": float(first.steps if first else budget),
         "search/seconds": first.seconds if first else seconds,
-        "search/spent_steps": float(steps),
-        "search/spent_seconds": seconds,
         "search/mean_gap": _mean_gap(problem, line, optimum, budget),
     }
     for mark in STEP_MARKS:

@@ -1,7 +1,7 @@
 """What computing costs: the larger of arithmetic and memory traffic, plus the start of an operation.
 
 Operations count as they stand in the graph, each reading its operands and writing its results: nothing is fused. Views are
-free. Units: operations, bytes, seconds.
+free. Where a machine says so, products cost traffic as well as arithmetic. Units: operations, bytes, seconds.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from datamodules.planning.rules import Row
 from datamodules.planning.topology import Topology
 from datamodules.planning.vocabulary import CONSTANTS, VIEWS
 
+PRODUCTS = frozenset({"mm", "bmm"})
 ADAM_PASSES = 7  # reads variable, gradient and two moments, writes variable and moments
 
 
@@ -36,7 +37,10 @@ def op_seconds(op: Op, graph: Graph, row: Row, devices: int, topology: Topology)
     for tensor, split in zip(operands, splits, strict=True):
         moved += graph.tensors[tensor].bytes / (devices if split >= 0 else 1)
     shared = devices if any(split >= 0 for split in splits) else 1
-    return seconds(op.flops / shared, moved, dtype_of(op, graph), topology)
+    dtype = dtype_of(op, graph)
+    if topology.product_bytes_per_s is not None and op.kind in PRODUCTS:
+        return seconds(op.flops / shared, 0.0, dtype, topology) + moved / topology.product_bytes_per_s
+    return seconds(op.flops / shared, moved, dtype, topology)
 
 
 def dtype_of(op: Op, graph: Graph) -> str:

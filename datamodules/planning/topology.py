@@ -47,7 +47,9 @@ class Topology:
     by the node's devices. `send_inside` and `send_between` are one stream from device to device, where that is slower than what
     collectives reach; by default the same. `flops_per_s` is the peak by dtype, of which `efficiency` is reached; likewise
     `memory_bytes_per_s` and `memory_efficiency`. A plan may use `usable_memory` of `memory_bytes`. `launch_s` is what starting
-    one operation costs. `node_sizes` gives the devices of each node where nodes differ.
+    one operation costs. `node_sizes` gives the devices of each node where nodes differ. `product_bytes_per_s` is what a matrix
+    product takes besides its arithmetic for each byte of its operands and result (a CPU packs them, which few rows do not pay
+    for); None where that hides behind the arithmetic.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Topology:
     send_inside: Link | None = None
     send_between: Link | None = None
     node_sizes: tuple[int, ...] | None = None
+    product_bytes_per_s: float | None = None
     source: str = field(default="", compare=False)  # where the numbers are from
 
     def __post_init__(self) -> None:
@@ -82,6 +85,11 @@ class Topology:
                 )
         if not (math.isfinite(self.launch_s) and self.launch_s >= 0):
             raise TopologyError(f"topology {self.name}: launch_s must be 0 or more seconds, got {self.launch_s}")
+        if self.product_bytes_per_s is not None and not self.product_bytes_per_s > 0:
+            raise TopologyError(
+                f"topology {self.name}: product_bytes_per_s must be above 0, got {self.product_bytes_per_s}; leave it out if "
+                "products cost their arithmetic alone"
+            )
         if "float32" not in self.flops_per_s:
             raise TopologyError(f"topology {self.name}: flops_per_s must at least say what float32 does")
         for dtype, rate in self.flops_per_s.items():
@@ -188,6 +196,8 @@ def _plain(key: str, value: Any, name: str) -> Any:
             return {dtype: float(rate) for dtype, rate in value.items()}
         if key == "node_sizes":
             return tuple(int(size) for size in value) if value is not None else None
+        if key == "product_bytes_per_s":
+            return float(value) if value is not None else None
         if key in _COUNTS:
             return int(float(value))
         return value if key in ("name", "source") else float(value)

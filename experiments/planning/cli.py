@@ -1,4 +1,5 @@
-"""Commands of paper 5's tools: `fivefold plan-model | explain-plan | diff-plans`."""
+"""Commands of paper 5's tools: `fivefold plan-model | explain-plan | diff-plans | plan-iopddl | calibrate-machine |
+measure-plans`."""
 
 from __future__ import annotations
 
@@ -85,3 +86,56 @@ def diff_plans(
 
     text = commands.diff_plans(a, b, graph, topology)
     console.print(text, markup=False, highlight=False, soft_wrap=True, end="")
+
+
+@app.command("plan-iopddl")
+def plan_iopddl(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An instance as .json or .json.gz.")],
+    method: Annotated[
+        str, typer.Option(help="programme (with a bound), annealing, mcmc, greedy, beam, random or exhaustive.")
+    ] = "annealing",
+    seconds: Annotated[float, typer.Option(min=0.1, help="Time for the search.")] = 60.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of searchers that draw.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="SOLUTION.json", help="Write the solution, a list of strategies.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a solution that is there.")] = False,
+) -> None:
+    """Find a solution of an instance in the IOPDDL contest's format, and say how far it may be from the best.
+
+    The contest (ASPLOS 2025 / EuroSys 2025) asks for one strategy for each node, at the least sum of node and edge costs, with
+    the memory of the nodes alive within a limit at every time. Its instances are in google/iopddl on GitHub.
+    """
+    from experiments.planning import iopddl_commands
+
+    iopddl_commands.plan_iopddl(file, method, seconds, seed, out, force, console)
+
+
+Ranks = Annotated[int, typer.Option(help="Processes, one thread each.")]
+
+
+@app.command("calibrate-machine")
+def calibrate_machine(
+    ranks: Ranks = 2,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="MACHINE.yaml", help="Where to write the machine, for plan-model's --topology."),
+    ] = None,
+) -> None:
+    """Measure what this machine and torch's engines cost, with as many processes as plans will have; about 20 seconds."""
+    from experiments.planning import measure
+
+    measure.calibrate_machine(console, ranks, out)
+
+
+@app.command("measure-plans")
+def measure_plans(
+    workload: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A workload; may be repeated.")] = None,
+    ranks: Ranks = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each plan.")] = 7,
+    out: Annotated[Path | None, typer.Option(metavar="NUMBERS.yaml", help="Where to write all numbers.")] = None,
+) -> None:
+    """Run plans for real and compare their times with what the calibrated cost model predicts. Keep the machine quiet."""
+    from experiments.planning import measure
+
+    measure.measure_plans(console, workload or (), ranks, repeats, out)

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.multiprocessing.spawn import ProcessContext, ProcessException
+
+from lit_modules.processes import die_with_parent
 
 PRELOAD = ["lit_modules.execution.measure", "lit_modules.execution.verify"]
 
@@ -81,7 +82,7 @@ def _wait(context: ProcessContext, timeout_s: float, what: str) -> None:
 
 def _rank(rank: int, body: Callable[..., Any], args: tuple[Any, ...], meeting: tuple[str, int, float]) -> None:
     folder, ranks, timeout_s = meeting
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's name need not lead to an address
@@ -99,11 +100,3 @@ def _rank(rank: int, body: Callable[..., Any], args: tuple[Any, ...], meeting: t
 
 def _answer(folder: str, rank: int) -> Path:
     return Path(folder) / f"rank{rank}.pt"
-
-
-def _die_with_parent() -> None:
-    """End this process when the one that launched it is gone: started by a fork server, it is not a child of that one."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)

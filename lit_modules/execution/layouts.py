@@ -79,7 +79,7 @@ def layout_of(net: nn.Module, graph: Graph, stage: StagePlan) -> Layout:
     _check_between(graph, stage, places, uses)
     styles: dict[str, ParallelStyle] = {}
     modules = dict(net.named_modules())
-    last = uses[-1] if stage.last_op >= _last_forward(graph) else None
+    last = uses[-1] if stage.last_op >= last_forward(graph) else None
     for use in uses:
         style = _style(use, modules[use.path], graph, is_last=use is last)
         if style is not None:
@@ -216,5 +216,6 @@ def _own(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters(recurse=False)]
 
 
-def _last_forward(graph: Graph) -> int:
+def last_forward(graph: Graph) -> int:
+    """Return the last forward operation of a module."""
     return max(i for i, op in enumerate(graph.ops) if op.phase == "forward" and op.layer)

@@ -48,6 +48,7 @@ class _Toy(LightningDataModule):
         self.steps, self.collect = steps, collect
         found = search(self.source.problem(), "exhaustive", Budget(steps=10**5))
         self.optimum = Optimum(found.cost, "exhaustive", True)
+        self.least: float | None = found.cost
         self.saved: list[tuple[int, ...]] = []
 
     @property
@@ -250,6 +251,17 @@ def test_searchers_log_what_the_agent_logs(method: str, tmp_path: Any) -> None:
     assert {"search/steps", "search/seconds", "search/mean_gap", "gap_at/steps_10", "plan/partitioned"} <= tested.keys()
     with pytest.raises(ValueError, match="steps"):
         PlanSearch(torch.nn.Identity(), ADAM, 1, steps=0)
+
+
+def test_without_an_optimum_nothing_is_said_against_one(tmp_path: Any) -> None:
+    data = _Toy()
+    data.least = None
+    module = PlanSearch(torch.nn.Identity(), ADAM, 1, method="random", steps=200, seed=4)
+    (tested,) = _trainer(tmp_path, 0).test(module, datamodule=data, verbose=False)
+    assert {"search/cost", "search/speedup", "search/spent_steps"} <= tested.keys()
+    assert not [
+        name for name in tested if "gap" in name or name in ("search/optimum", "search/reached", "search/steps")
+    ]
 
 
 def test_a_bigger_table_is_learnt_too(tmp_path: Any) -> None:

@@ -10,15 +10,14 @@ from torch import nn
 
 import lit_modules.auto_map_checks as checks
 from lit_modules.auto_map_checks import PlansForReal
-from lit_modules.execution.calibrate import calibration
 from lit_modules.execution.measure import Report, Timed
-from tests.lit_modules.execution.test_calibrate import made_up_points
+from tests.lit_modules.execution.test_calibrate import whole_machine
 
 
 def _report(*_: Any) -> Report:
     times = {"dp": 4.0, "tp": 2.0, "mixed": 1.0}
-    plans = tuple(Timed(w, name, t, (t, t)) for w in ("mlp_64", "vgg_8") for name, t in times.items())
-    return Report(plans, calibration(made_up_points(), 2), 1e-15, 0.1, 3.0)
+    plans = tuple(Timed(w, name, t, (t, t), t / 2) for w in ("mlp_64", "vgg_8") for name, t in times.items())
+    return Report(plans, whole_machine(), 1e-15, 0.1, 3.0, (0.5, 2.0))
 
 
 def test_logged_names_are_those_of_the_docstring(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,7 +27,7 @@ def test_logged_names_are_those_of_the_docstring(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "log", lambda name, value: logged.__setitem__(name, value))
     module.on_test_epoch_end()
     assert checks.__doc__ is not None
-    table = checks.__doc__.partition("calibrated topology:\n")[2].partition("\n\nWorkload names")[0]
+    table = checks.__doc__.partition("explained in that module:\n")[2].partition("\n\nWorkload names")[0]
     heads = [re.split(r" {2,}", line)[0] for line in table.splitlines() if line and not line.startswith(" ")]
     promised = {name for head in heads for name in head.split(", ")}
     found = {name.removeprefix("test/exec_") for name in logged}

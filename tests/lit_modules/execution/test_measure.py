@@ -58,6 +58,22 @@ def test_predictions_that_are_measurements_agree_perfectly() -> None:
     assert found["pairs_right"] == found["pairs_right_low"] == 100
 
 
+def test_both_predictions_are_held_against_the_same_times() -> None:
+    measured, bare = (1.0, 2.0, 4.0, 8.0), (8.0, 4.0, 2.0, 1.0)
+    plans = [Timed(w, f"p{i}", m, (m, m), b) for w in "ab" for i, (m, b) in enumerate(zip(measured, bare, strict=True))]
+    found = _report(*plans).metrics()
+    assert found["tau_within"] == found["tau_within_repeated"] == 1
+    assert found["tau_within_bare"] == found["tau_within_bare_low"] == found["tau_within_bare_high"] == -1
+    assert found["tau_within_gain"] == found["tau_within_gain_low"] == 2
+    assert found["tau_bare"] < 0 < found["tau"]
+    assert found["factor_bare"] == pytest.approx(5, abs=3)
+
+
+def test_repeats_that_disagree_bound_what_a_prediction_can_reach() -> None:
+    plans = [_plan("a", f"p{i}", t, t, 1 / t) for i, t in enumerate((1.0, 2.0, 4.0, 8.0))]
+    assert _report(*plans).metrics()["tau_within_repeated"] == -1
+
+
 def test_what_is_not_defined_is_left_out() -> None:
     found = _report(_plan("a", "tp", 1.0, 1.0)).metrics()
     assert not {"tau", "tau_within", "pairs_right", "gain", "gain_a"} & found.keys()
@@ -78,4 +94,6 @@ def test_a_real_measurement_covers_every_plan() -> None:
     assert all(len(plan.measured_s) == 3 and min(plan.measured_s) > 0 for plan in report.plans)
     assert report.error < 1e-11
     assert report.machine.topology.devices == 2
-    assert {"tau", "gain_mlp_tiny", "fit_all_reduce", "launch_us"} <= report.metrics().keys()
+    assert {"tau", "gain_mlp_tiny", "fit_all_reduce", "launch_us", "styled_us"} <= report.metrics().keys()
+    assert all(plan.predicted_s >= sum(plan.parts.values()) * (1 - 1e-9) for plan in report.plans)
+    assert report.machine.intervals.keys() == report.machine.terms.keys()

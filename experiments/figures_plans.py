@@ -66,7 +66,8 @@ def pruning(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Ca
             place, row.mean, xerr=half_widths([row]), color=colour, hatch="" if always else "///", edgecolor="white"
         )
         note = f"{row.mean:,.0f}" + ("" if always else f", reached in {reached.mean:.0f} %" if reached else "")
-        axes.annotate(note, (row.mean, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=6.5)
+        end = row.mean if row.ci_high is None else max(row.mean, row.ci_high)  # beyond the error bar
+        axes.annotate(note, (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=6.5)
     axes.set_xscale("log")
     axes.set_xlim(right=axes.get_xlim()[1] * 4)
     axes.set_yticks(range(len(shown)), [name for name, _ in shown])
@@ -92,15 +93,18 @@ def _drawn(record: Record, title: str) -> Canvas:
     from datamodules.planning.explain import blocks
     from datamodules.planning.plan import Plan
     from datamodules.planning.price import Evaluator
-    from experiments.planning.draw import draw_blocks, draw_cost
+    from experiments.planning.draw import draw_blocks, draw_cost, draw_memory
 
     data = instantiate(yaml.safe_load((record.path / "config.yaml").read_text())["datamodule"])
     graph, found = data.source.graph, Plan.load(record.path / PLAN)
     evaluator = Evaluator(graph, data.topology)
     cost = evaluator.price(found)
     with plt.rc_context({"axes.grid": False}):
-        canvas, (left, right) = plt.subplots(1, 2, figsize=(9.5, 5.6), width_ratios=[1.5, 1])
-        draw_blocks(left, blocks(graph, data.topology, found, evaluator), found)
-        draw_cost(right, cost)
+        canvas = plt.figure(figsize=(10.5, 5.2))
+        halves: Any = canvas.subfigures(1, 2, width_ratios=[1.3, 1])
+        draw_blocks(halves[0].subplots(), blocks(graph, data.topology, found, evaluator), found)
+        rows: Any = halves[1].subfigures(2, 1, height_ratios=[1, 1])
+        draw_cost(rows[0].subplots(), cost)
+        draw_memory(rows[1].subplots(), cost, data.topology)
     canvas.suptitle(f"{title}: {graph.name} on {data.topology.name}", fontsize=9, x=0.01, ha="left")
     return canvas

@@ -84,7 +84,7 @@ def draw_blocks(axes: Axes, found: Sequence[Block], plan: Plan) -> None:
         computed = max(block.seconds - block.moved, 0.0)
         axes.add_patch(Rectangle((bar, row - 0.3), computed * scale, 0.6, facecolor="#0072B2"))
         axes.add_patch(Rectangle((bar + computed * scale, row - 0.3), block.moved * scale, 0.6, facecolor="#E69F00"))
-        axes.text(bar + block.seconds * scale + 0.05, row, f"{block.seconds * 1e3:,.2g} ms", va="center", fontsize=6.5)
+        axes.text(bar + block.seconds * scale + 0.05, row, _ms(block.seconds), va="center", fontsize=6.5)
     if hidden:
         axes.text(0.06, len(shown), f"and {len(hidden)} more blocks", va="center", fontsize=7, style="italic")
     axes.set_xlim(0, bar + 2.5)
@@ -207,6 +207,11 @@ def _legend(axes: Axes, keys: Sequence[Patch], columns: int) -> None:
     panel.legend(
         handles=keys, loc="outside lower center", ncols=columns, frameon=False, columnspacing=1.0, handlelength=1.2
     )
+
+
+def _ms(seconds: float) -> str:
+    ms = seconds * 1e3
+    return f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.2g} ms"
 
 
 def _stage_colour(stage: int) -> str:

@@ -23,7 +23,7 @@ def anytime(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Ca
     canvas, panels = plt.subplots(1, 2, figsize=(7.0, 3.4), sharey=True)
     for axes, unit in zip(panels, ("steps", "seconds"), strict=True):
         for name in known:
-            at, rows = _marks(estimates, name, figure.data, f"gap_at/{unit}_")
+            at, rows = _marks(estimates, name, figure.data, unit)
             if at:
                 style = series_style(figure.rows, name)
                 axes.errorbar(at, [row.mean for row in rows], yerr=half_widths(rows), label=name, **style)
@@ -42,13 +42,17 @@ def anytime(spec: PaperSpec, figure: Figure, estimates: Estimates, _: Any) -> Ca
     return canvas
 
 
-def _marks(estimates: Estimates, name: str, data: str, head: str) -> tuple[list[float], list[Any]]:
-    """The marks that a searcher was measured at, in order."""
+def _marks(estimates: Estimates, name: str, data: str, unit: str) -> tuple[list[float], list[Any]]:
+    """The marks that a searcher was measured at, in order, and where it ended."""
+    head = f"gap_at/{unit}_"
     found = {
         float(metric.removeprefix(head)): row
         for (ablation, on, metric), row in estimates.items()
         if (ablation, on) == (name, data) and metric.startswith(head)
     }
+    spent = estimates.get((name, data, f"search/spent_{unit}"))
+    if spent is not None and spent.mean > max(found, default=0.0):
+        found[spent.mean] = estimates[(name, data, "search/gap")]
     return sorted(found), [found[mark] for mark in sorted(found)]
 
 

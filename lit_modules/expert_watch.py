@@ -44,9 +44,7 @@ class Tally:
             "logit_std": routing.logits_SN.std(1).mean(),
             "balance": load_balancing_loss(routing),
             "z": z_loss(routing.logits_SN),
-            "purity": replica_purity(routing.experts_SK, granularity),
-            "coverage": shard_coverage(routing.experts_SK, granularity),
-        }
+        } | group_measures(routing.experts_SK, granularity)
         for name, value in found.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value) * tokens
         self.tokens += tokens
@@ -68,9 +66,16 @@ class Tally:
             "load_cv": float(load_N.std(correction=0)),
             "dead": 100 * float((load_N < DEAD).double().mean()),
             "effective": 100 * float(torch.special.entr(share_N).sum().exp()) / len(load_N),
-            "purity": 100 * means["purity"],
-            "coverage": 100 * means["coverage"],
+            **{name: 100 * means[name] for name in ("purity", "coverage") if name in means},
         }
+
+
+def group_measures(experts_SK: Tensor, granularity: int) -> dict[str, Tensor]:
+    """Return what became of virtual groups, as shares: `coverage`, and `purity` where K is divisible by G and a token's picks
+    can hold every shard equally often.
+    """
+    found = {} if experts_SK.shape[1] % granularity else {"purity": replica_purity(experts_SK, granularity)}
+    return found | {"coverage": shard_coverage(experts_SK, granularity)}
 
 
 class ExpertWatch(Callback):
@@ -80,7 +85,8 @@ class ExpertWatch(Callback):
     are about the worst, too): tokens per expert as multiples of the fair share (`load_max`, `load_min`, `load_cv`), `dead`
     experts and `effective` ones in percent, the router's `entropy` per token in nats, the sum of `kept` probabilities, the
     standard deviation of its logits, both auxiliary losses, `purity` (percent of tokens whose picks hold every shard
-    equally often), `coverage` (percent of shards that they hold) and the `cosine` of experts to what they started from.
+    equally often; only where topK is divisible by G), `coverage` (percent of shards that they hold) and the `cosine` of
+    experts to what they started from.
     From training: `purity/<s>` and `coverage/<s>` on the batch after s updates, and `train/dropped`, percent of choices.
     The load of every expert after each epoch goes to expert_load.json in the run's folder.
 
@@ -112,9 +118,9 @@ class ExpertWatch(Callback):
                 self.dropped[0] += float(lost)
                 self.dropped[1] += layer.routed.kept_SK.numel() * trainer.world_size
         if updates in STEPS:
-            for name, measure in {"purity": replica_purity, "coverage": shard_coverage}.items():
-                values = [measure(_routing(x).experts_SK, x.experts.granularity) for x in layers.values()]
-                mean = trainer.strategy.reduce(torch.stack(values).mean(), reduce_op="mean")
+            found = [group_measures(_routing(x).experts_SK, x.experts.granularity) for x in layers.values()]
+            for name in found[0] if found else ():
+                mean = trainer.strategy.reduce(torch.stack([each[name] for each in found]).mean(), reduce_op="mean")
                 self.groups[f"{name}/{updates:05d}"] = 100 * float(mean)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -81,6 +81,20 @@ def test_purity_wants_every_shard_equally_often_and_coverage_counts_those_there(
     assert (whole["purity"], whole["coverage"]) == (100.0, 100.0)
 
 
+def test_where_picks_cannot_hold_every_shard_equally_often_nothing_is_said_of_it(tmp_path: Path) -> None:
+    """Half of the picks are a shared expert's: topK 1 of granularity 2."""
+    halved = Experts(expansion=2, granularity=2, top_k=1, shared=1)
+    module, data = _module(halved), Text()
+    fit = trainer(tmp_path)
+    fit.fit(module, datamodule=data)
+    assert module.watch is not None
+    assert module.watch.groups
+    assert not [name for name in module.watch.groups if not name.startswith("coverage/")]
+    (tested,) = trainer(tmp_path).test(module, datamodule=data, verbose=False)
+    assert "moe/coverage" in tested
+    assert not [name for name in tested if "purity" in name]
+
+
 def test_batches_count_by_their_tokens() -> None:
     small, large = _routing([[0]], [[0.7, 0.3]]), _routing([[1]] * 3, [[0.1, 0.9]] * 3)
     apart, together = (

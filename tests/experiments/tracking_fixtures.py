@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -148,6 +149,7 @@ def hang(store: tracking.Store, parent: tuple[str, str], told: Path) -> None:
 
 def serve(root: Path, port: int, said: Path) -> None:
     """`fivefold ui` in a process of its own, its words in a file."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the background jobs of a shell ignore
     # Under pytest, sys.stdout is an object of its own and not descriptor 1.
     with open(said, "w", buffering=1) as out, redirect_stdout(out):
         tracking.serve(tracking.Store(root), port=port)

@@ -38,13 +38,14 @@ class Tally:
         counts_N = torch.bincount(routing.experts_SK.flatten(), minlength=experts)
         self.counts_N = counts_N if self.counts_N is None else self.counts_N + counts_N
         p_SN = routing.probs_SN
-        found = {
+        found: dict[str, Tensor] = {
             "entropy": -(p_SN * p_SN.clamp_min(1e-30).log()).sum(1).mean(),
             "kept": routing.weights_SK.sum(1).mean(),
             "logit_std": routing.logits_SN.std(1).mean(),
             "balance": load_balancing_loss(routing),
             "z": z_loss(routing.logits_SN),
-        } | group_measures(routing.experts_SK, granularity)
+        }
+        found |= group_measures(routing.experts_SK, granularity)
         for name, value in found.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value) * tokens
         self.tokens += tokens
@@ -60,22 +61,28 @@ class Tally:
         load_N = self.load()
         share_N = load_N / load_N.sum()
         means = {name: total / self.tokens for name, total in self.sums.items()}
-        return means | {
-            "load_max": float(load_N.max()),
-            "load_min": float(load_N.min()),
-            "load_cv": float(load_N.std(correction=0)),
-            "dead": 100 * float((load_N < DEAD).double().mean()),
-            "effective": 100 * float(torch.special.entr(share_N).sum().exp()) / len(load_N),
-            **{name: 100 * means[name] for name in ("purity", "coverage") if name in means},
-        }
+        groups = {name: 100 * means[name] for name in ("purity", "coverage") if name in means}
+        return (
+            means
+            | groups
+            | {
+                "load_max": float(load_N.max()),
+                "load_min": float(load_N.min()),
+                "load_cv": float(load_N.std(correction=0)),
+                "dead": 100 * float((load_N < DEAD).double().mean()),
+                "effective": 100 * float(torch.special.entr(share_N).sum().exp()) / len(load_N),
+            }
+        )
 
 
 def group_measures(experts_SK: Tensor, granularity: int) -> dict[str, Tensor]:
     """Return what became of virtual groups, as shares: `coverage`, and `purity` where K is divisible by G and a token's picks
     can hold every shard equally often.
     """
-    found = {} if experts_SK.shape[1] % granularity else {"purity": replica_purity(experts_SK, granularity)}
-    return found | {"coverage": shard_coverage(experts_SK, granularity)}
+    found = {"coverage": shard_coverage(experts_SK, granularity)}
+    if experts_SK.shape[1] % granularity == 0:
+        found["purity"] = replica_purity(experts_SK, granularity)
+    return found
 
 
 class ExpertWatch(Callback):

@@ -5,6 +5,11 @@ from __future__ import annotations
 import math
 
 
+def amount(n: int, note: str) -> str:
+    """Return how many samples a data set has, or its note where it has none, as a model to plan for."""
+    return f"{n:,} samples in all" if n else note or "no samples"
+
+
 def signed(value: float, unit: str) -> str:
     """Return a difference with its sign, such as "+2.89" points or "-0.00123" of anything else."""
     return f"{value:+.2f}" if unit == "points" else f"{value:+.3g}"

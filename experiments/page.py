@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from experiments import report, tables
 from experiments.claims import PAPERS, PaperSpec
-from experiments.numbers import signed
+from experiments.numbers import amount, signed
 from experiments.page_drawings import Drawing, inline
 from experiments.page_explain import explained
 from experiments.page_sweeps import sweeps_of
@@ -142,7 +142,7 @@ def _templates() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
     )
-    environment.globals |= {"signed": signed, "shapes": SHAPES}
+    environment.globals |= {"amount": amount, "signed": signed, "shapes": SHAPES}
     return environment
 
 

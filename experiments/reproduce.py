@@ -19,6 +19,7 @@ from experiments.data_sets import card_of, named_by_content
 from experiments.errors import UserError
 from experiments.executors import Finished, Job, LocalPool, default_jobs
 from experiments.graph import Node, Plan, Selection, keys_for, plan
+from experiments.numbers import amount
 from experiments.records import CellKey, Record
 from experiments.store import Index, read_json, write_json
 from experiments.verdict import Verdict, judge
@@ -259,8 +260,7 @@ class Reproduction:
         """Have every data set on disk, checked, before processes fan out."""
         for name in dict.fromkeys(node.cell.key.data for node in found.to_run):
             card = card_of(name)
-            amount = f"{card.n:,} samples" if card.n else card.note
-            what = f"{amount}, real" if card.real else "generated"
+            what = f"{amount(card.n, card.note)}, real" if card.real else "generated"
             self.console.print(f"Data: {card.name}, {what}, from {card.source}")
 
     def _parents(self, found: Plan) -> dict[tuple[str, ...], tuple[str, str]]:
